@@ -1,0 +1,17 @@
+"""Multi-exit, self-distilled networks for any timm model. Importing registers `<name>_sd` with timm."""
+from . import registry
+from .heads import EXIT_HEADS
+from .multi_exit import MultiExit, add_exits
+from .stages import Stage, choose_exits, find_stages
+from .version import __version__
+
+__all__ = [
+    'EXIT_HEADS',
+    'MultiExit',
+    'Stage',
+    '__version__',
+    'add_exits',
+    'choose_exits',
+    'find_stages',
+    'registry',
+]
