@@ -47,11 +47,11 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).to('meta').eval()
 
 
-def count_macs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """Count the multiply-adds of convolutions and matrix products that a call executes."""
+def count_macs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Tuple[int, Any]:
+    """Call `fn`; return the multiply-adds of the convolutions and matrix products it executed, and its result."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        fn(*args, **kwargs)
-    return counter.get_total_flops() // 2  # a multiply-add is two floating point operations
+        result = fn(*args, **kwargs)
+    return counter.get_total_flops() // 2, result  # a multiply-add is two floating point operations
 
 
 def model_input_size(model: nn.Module) -> Tuple[int, int, int]:
@@ -84,16 +84,15 @@ def find_stages(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
     input_size = tuple(input_size or model_input_size(model))
     probe = meta_copy(model)
     x = torch.empty((1, *input_size), device='meta')
-    total = count_macs(probe, x)
+    total, _ = count_macs(probe, x)
     stages = []
     for index, info in enumerate(_feature_dicts(model)):
-        taps = []
-        macs = count_macs(lambda: taps.extend(take_taps(probe, x, [index])))
-        height, width = taps[0].shape[-2:]
+        macs, (tap,) = count_macs(take_taps, probe, x, [index])
+        height, width = tap.shape[-2:]
         stages.append(Stage(
             index=index,
             module=info.get('module', ''),
-            num_chs=taps[0].shape[1],
+            num_chs=tap.shape[1],
             reduction=max(1, round(input_size[1] / height)),
             size=(height, width),
             share=macs / max(total, 1),

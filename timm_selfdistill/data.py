@@ -1,0 +1,427 @@
+"""Data sets of labelled images through the `datasets` library, and their batches."""
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+
+import datasets
+import numpy as np
+import torch
+from PIL import UnidentifiedImageError
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+
+__all__ = [
+    'DIGITS', 'DataError', 'EpochBatches', 'ImageData', 'ImageSplit', 'create_eval_loader', 'create_train_loader',
+    'eval_transform', 'load_digits', 'load_image_data', 'train_transform',
+]
+
+DIGITS = 'digits'
+VALIDATION_NAMES = ('validation', 'valid', 'val', 'dev')
+
+
+class DataError(ValueError):
+    """The data cannot be used as they are; the message says what, where and what to do."""
+
+
+class ImageSplit(Dataset):
+    """One part of a data set.
+
+    An item is a pair of image tensor (C, H, W) and label. The key is a row, or a pair of epoch and row: then the random
+    draws of the transform depend on nothing but seed, epoch and row, not on worker, process or what ran before.
+
+    Args:
+        rows: Table with an image and a label column.
+        name: What to call the part in messages.
+        image_column: Its image column.
+        label_column: Its label column.
+
+    Attributes:
+        labels: Array (len(self),).
+        transform: Turns a PIL image into a tensor.
+        mode: PIL mode that images are converted to, `RGB` or `L`.
+        seed: Seed of the transform's random draws.
+    """
+
+    def __init__(self, rows: datasets.Dataset, name: str, image_column: str, label_column: str):
+        self.rows = rows
+        self.name = name
+        self.image_column = image_column
+        self.label_column = label_column
+        self.images = rows.select_columns(image_column)
+        self.labels = np.asarray(rows[label_column][:])
+        self.transform: Optional[Callable] = None
+        self.mode = 'RGB'
+        self.seed = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, row: int):
+        """Decode one image.
+
+        Raises:
+            DataError: It cannot be decoded; the message names the row.
+        """
+        try:
+            image = self.images[row][self.image_column]
+        except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as e:
+            raise DataError(f'Cannot read the image in row {row} of the {self.name} part: {e}') from e
+        if image is None:
+            raise DataError(f'There is no image in row {row} of the {self.name} part.')
+        return image.convert(self.mode)
+
+    def __getitem__(self, key: Union[int, Tuple[int, int]]) -> Tuple[torch.Tensor, int]:
+        epoch, row = key if isinstance(key, tuple) else (None, key)
+        image, label = self.image(row), int(self.labels[row])
+        if epoch is None:
+            return self.transform(image), label
+        with _seeded(self.seed, epoch, row):
+            return self.transform(image), label
+
+
+@contextmanager
+def _seeded(*entropy: int) -> Iterator[None]:
+    """Seed the generators that image transforms draw from, and put them back afterwards."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed would queue work for every GPU
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(torch_state)
+
+
+@dataclass
+class ImageData:
+    """A data set, its parts and its classes.
+
+    Attributes:
+        name: What to call it.
+        train: The part to learn from.
+        validation: The part to choose by; None where everything is learned from.
+        test: The part to report on; None where the data set has none.
+        num_classes: Classes in the data.
+        label_names: Their names, where the data give them.
+        image_size: Height and width of the first training image.
+        mirrored: Whether a mirror image still shows the same class.
+    """
+    name: str
+    train: ImageSplit
+    validation: Optional[ImageSplit]
+    test: Optional[ImageSplit]
+    num_classes: int
+    label_names: Optional[List[str]]
+    image_size: Tuple[int, int]
+    mirrored: bool = True
+
+    def parts(self) -> Dict[str, ImageSplit]:
+        """Return the parts that exist, by name."""
+        parts = dict(train=self.train, validation=self.validation, test=self.test)
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def load_digits() -> datasets.DatasetDict:
+    """Return scikit-learn's digits: 1,797 scans of handwritten digits, 8×8 pixels in 17 grey levels.
+
+    They come inside scikit-learn's wheel. Of every ten images of a class, in the file's order, seven are for training,
+    one for validation and two for the test.
+    """
+    from sklearn.datasets import load_digits as load
+
+    bunch = load()
+    pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
+    rank = np.zeros(len(bunch.target), dtype=int)
+    for label in range(10):
+        of_class = bunch.target == label
+        rank[of_class] = np.arange(of_class.sum())
+    part = np.select([rank % 5 == 0, rank % 10 == 1], ['test', 'validation'], 'train')
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)]))
+    return datasets.DatasetDict({
+        name: datasets.Dataset.from_dict(
+            dict(image=list(pixels[part == name]), label=bunch.target[part == name].tolist()), features=features)
+        for name in ('train', 'validation', 'test')
+    })
+
+
+def _open(dataset: Optional[str], data_dir: Optional[str]) -> datasets.DatasetDict:
+    if data_dir is None:
+        return load_digits() if dataset in (None, DIGITS) else _as_dict(datasets.load_dataset(dataset))
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise DataError(f'--data-dir {data_dir}: no such folder.')
+    if dataset is None:
+        if (folder / 'dataset_dict.json').exists() or (folder / 'state.json').exists():
+            return _as_dict(datasets.load_from_disk(data_dir))
+        kinds = {p.suffix.lower() for p in folder.rglob('*') if p.is_file()}
+        dataset = next((kind for kind in ('parquet', 'arrow') if f'.{kind}' in kinds), 'imagefolder')
+    return _as_dict(datasets.load_dataset(dataset, data_dir=data_dir))
+
+
+def _as_dict(opened: Any) -> datasets.DatasetDict:
+    return opened if isinstance(opened, dict) else datasets.DatasetDict(train=opened)
+
+
+def _pick_column(kind: str, candidates: List[str], columns: List[str], chosen: Optional[str], name: str) -> str:
+    """Find the column of one kind (image or label), or say which there are and how to choose."""
+    option = f'--{kind}-column'
+    if chosen is not None:
+        if chosen not in candidates:
+            raise DataError(
+                f'{option} {chosen}: {name} has no {kind} column of that name; '
+                f'its {kind} columns are: {", ".join(candidates) or "none"} (all columns: {", ".join(columns)}).'
+            )
+        return chosen
+    if not candidates:
+        raise DataError(f'{name} has no {kind} column; its columns are: {", ".join(columns)}.')
+    if len(candidates) > 1:
+        raise DataError(
+            f'{name} has several {kind} columns: {", ".join(candidates)}. Pick one, for example '
+            f'{option} {candidates[0]}.'
+        )
+    return candidates[0]
+
+
+def _pick_columns(
+        features: datasets.Features,
+        image_column: Optional[str],
+        label_column: Optional[str],
+        name: str,
+) -> Tuple[str, str]:
+    columns = list(features)
+    images = [c for c in columns if isinstance(features[c], datasets.Image)]
+    labels = [c for c in columns if isinstance(features[c], datasets.ClassLabel)]
+    integers = [
+        c for c in columns if isinstance(features[c], datasets.Value) and features[c].dtype.startswith(('int', 'uint'))
+    ]
+    if label_column is not None:
+        labels = labels + integers
+    image = _pick_column('image', images, columns, image_column, name)
+    return image, _pick_column('label', labels or integers, columns, label_column, name)
+
+
+def _hold_out(split: ImageSplit, fraction: float) -> Tuple[ImageSplit, ImageSplit]:
+    """Split off the same part of the training data in every run, class by class where classes are declared."""
+    stratify = split.label_column if isinstance(split.rows.features[split.label_column], datasets.ClassLabel) else None
+    try:
+        parts = split.rows.train_test_split(test_size=fraction, seed=0, stratify_by_column=stratify)
+    except ValueError as e:  # a class with a single image, or fewer images than classes
+        raise DataError(
+            f'Cannot hold out {fraction:g} of {len(split)} training images for validation: {e} '
+            f'Give the data a validation part, or pass --val-fraction 0.'
+        ) from e
+    return tuple(
+        ImageSplit(rows, name, split.image_column, split.label_column)
+        for rows, name in ((parts['train'], 'train'), (parts['test'], 'validation'))
+    )
+
+
+def _check_labels(split: ImageSplit, num_classes: int) -> None:
+    labels = split.labels
+    if labels.dtype.kind not in 'iu':
+        row = next(i for i, label in enumerate(split.rows[split.label_column][:]) if not isinstance(label, int))
+        raise DataError(f'There is no label in row {row} of the {split.name} part.')
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise DataError(
+            f'Label {labels[wrong[0]]} in row {wrong[0]} of the {split.name} part is out of range: '
+            f'expected 0 to {num_classes - 1} ({len(wrong)} such rows).'
+        )
+
+
+def load_image_data(
+        dataset: Optional[str] = None,
+        data_dir: Optional[str] = None,
+        image_column: Optional[str] = None,
+        label_column: Optional[str] = None,
+        val_fraction: float = 0.1,
+) -> ImageData:
+    """Open a data set of labelled images.
+
+    Args:
+        dataset: `digits`, a Hugging Face Hub id, or a loader of the `datasets` library such as `imagefolder`. Found
+            out from the files when None and `data_dir` is given, else `digits`.
+        data_dir: Local folder with parquet or arrow files, a saved data set, or images in one folder a class.
+        image_column: Which column holds the images; read from the features when None.
+        label_column: Which column holds the labels; read from the features when None.
+        val_fraction: Part of the training data held out for validation where the data set has no such part; 0 holds
+            out nothing.
+
+    Raises:
+        DataError: No such folder, columns missing or ambiguous, labels out of range, no training part.
+    """
+    if not 0 <= val_fraction < 1:
+        raise DataError(f'--val-fraction {val_fraction}: expected 0 or more and less than 1.')
+    name = dataset or (Path(data_dir).name if data_dir else DIGITS)
+    opened = _open(dataset, data_dir)
+    if 'train' not in opened:
+        raise DataError(f'{name} has no part named train; its parts are: {", ".join(opened)}.')
+    features = opened['train'].features
+    image_column, label_column = _pick_columns(features, image_column, label_column, name)
+
+    def part(*names: str) -> Optional[ImageSplit]:
+        found = next((n for n in names if n in opened), None)
+        return found and ImageSplit(
+            opened[found].select_columns([image_column, label_column]), found, image_column, label_column)
+
+    train, validation, test = part('train'), part(*VALIDATION_NAMES), part('test')
+    if test is not None and len(test) and (test.labels == -1).all():
+        test = None  # how the Hub marks a part whose labels are withheld
+    if not len(train):
+        raise DataError(f'The train part of {name} is empty.')
+    feature = features[label_column]
+    label_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    num_classes = len(label_names) if label_names else int(np.max(train.labels)) + 1
+    for split in (train, validation, test):
+        if split is not None:
+            _check_labels(split, num_classes)
+    if validation is None and val_fraction > 0:
+        train, validation = _hold_out(train, val_fraction)
+    width, height = train.image(0).size
+    return ImageData(
+        name=name,
+        train=train,
+        validation=validation,
+        test=test,
+        num_classes=num_classes,
+        label_names=label_names,
+        image_size=(height, width),
+        mirrored=not (dataset in (None, DIGITS) and data_dir is None),
+    )
+
+
+def eval_transform(data_config: Dict[str, Any]) -> Callable:
+    """Return timm's evaluation transform for a data config (see `timm.data.resolve_data_config`)."""
+    return create_transform(**data_config, is_training=False)
+
+
+def train_transform(
+        data_config: Dict[str, Any],
+        crop: str = 'rrc',
+        hflip: float = 0.5,
+        scale: Tuple[float, float] = (0.08, 1.0),
+        color_jitter: float = 0.,
+        auto_augment: Optional[str] = None,
+        re_prob: float = 0.,
+) -> Callable:
+    """Return timm's training transform, or with `crop='pad'` one for small images.
+
+    Args:
+        data_config: See `timm.data.resolve_data_config`.
+        crop: `rrc` cuts a random part out and resizes it; `pad` resizes, pads an eighth of the size on every side with
+            black and cuts out the size again, as is usual on CIFAR.
+        hflip: Probability of mirroring.
+        scale: Range of the area that `rrc` cuts out.
+        color_jitter: Strength of timm's colour jitter.
+        auto_augment: timm's policy string, such as `rand-m9-mstd0.5` or `original`.
+        re_prob: Probability of random erasing.
+    """
+    config = {k: v for k, v in data_config.items() if k not in ('crop_pct', 'crop_mode')}
+    spatial, colour, final = create_transform(
+        **config,
+        is_training=True,
+        separate=True,
+        hflip=hflip,
+        scale=tuple(scale),
+        color_jitter=color_jitter or None,
+        auto_augment=auto_augment,
+        re_prob=re_prob,
+    )
+    if crop == 'pad':
+        size = data_config['input_size'][-2:]
+        resize = eval_transform(dict(data_config, crop_pct=1.0)).transforms[:2]  # shorter side to size, centre crop
+        pad_crop = transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))
+        flip = [transforms.RandomHorizontalFlip(hflip)] if hflip > 0 else []
+        spatial = transforms.Compose([*resize, pad_crop, *flip])
+    return transforms.Compose([spatial, colour, final])
+
+
+class EpochBatches(Sampler):
+    """Batches in an order that is a function of seed and epoch alone, cut to one process's share.
+
+    A batch of `batch_size` rows is the whole batch of one optimizer step over all processes: with more of them each
+    takes a smaller slice, and the optimizer sees the same images. The last rows that fill no batch are left out, others
+    in every epoch.
+
+    Args:
+        length: Rows of the data set.
+        batch_size: Rows of a step over all processes.
+        seed: Seed of the order.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        DataError: The data set is smaller than one batch, or the processes cannot share a batch evenly.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
+        if batch_size < 1 or batch_size % world_size:
+            raise DataError(
+                f'--batch-size {batch_size}: expected a multiple of the number of processes, {world_size}; '
+                f'it counts the images of one step over all of them.'
+            )
+        if length < batch_size:
+            raise DataError(f'--batch-size {batch_size} is more than the {length} training images.')
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size
+
+    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        local = self.batch_size // self.world_size
+        for step in range(len(self)):
+            start = step * self.batch_size + self.rank * local
+            yield [(self.epoch, int(row)) for row in order[start:start + local]]
+
+
+def create_train_loader(
+        split: ImageSplit,
+        transform: Callable,
+        batch_size: int,
+        seed: int = 0,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+) -> DataLoader:
+    """Return a loader of shuffled, augmented batches; call `batch_sampler.set_epoch` before each epoch."""
+    split.transform, split.seed = transform, seed
+    return DataLoader(
+        split,
+        batch_sampler=EpochBatches(len(split), batch_size, seed, rank, world_size),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+def create_eval_loader(
+        split: ImageSplit,
+        transform: Callable,
+        batch_size: int,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+) -> DataLoader:
+    """Return a loader of one process's share of a part: every row exactly once over all processes, none padded."""
+    split.transform = transform
+    return DataLoader(
+        split,
+        batch_size=batch_size,
+        sampler=range(rank, len(split), world_size),
+        num_workers=workers,
+        pin_memory=pin_memory,
+    )
