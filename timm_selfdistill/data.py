@@ -37,23 +37,23 @@ class ImageSplit(Dataset):
         name: What to call the part in messages.
         image_column: Its image column.
         label_column: Its label column.
+        mode: PIL mode that images are converted to, `RGB` or `L`.
 
     Attributes:
         labels: Array (len(self),).
         transform: Turns a PIL image into a tensor.
-        mode: PIL mode that images are converted to, `RGB` or `L`.
         seed: Seed of the transform's random draws.
     """
 
-    def __init__(self, rows: datasets.Dataset, name: str, image_column: str, label_column: str):
+    def __init__(self, rows: datasets.Dataset, name: str, image_column: str, label_column: str, mode: str = 'RGB'):
         self.rows = rows
         self.name = name
         self.image_column = image_column
         self.label_column = label_column
+        self.mode = mode
         self.images = rows.select_columns(image_column)
         self.labels = np.asarray(rows[label_column][:])
         self.transform: Optional[Callable] = None
-        self.mode = 'RGB'
         self.seed = 0
 
     def __len__(self) -> int:
@@ -217,7 +217,7 @@ def _hold_out(split: ImageSplit, fraction: float) -> Tuple[ImageSplit, ImageSpli
             f'Give the data a validation part, or pass --val-fraction 0.'
         ) from e
     return tuple(
-        ImageSplit(rows, name, split.image_column, split.label_column)
+        ImageSplit(rows, name, split.image_column, split.label_column, split.mode)
         for rows, name in ((parts['train'], 'train'), (parts['test'], 'validation'))
     )
 
@@ -241,6 +241,7 @@ def load_image_data(
         image_column: Optional[str] = None,
         label_column: Optional[str] = None,
         val_fraction: float = 0.1,
+        in_chans: int = 3,
 ) -> ImageData:
     """Open a data set of labelled images.
 
@@ -252,6 +253,7 @@ def load_image_data(
         label_column: Which column holds the labels; read from the features when None.
         val_fraction: Part of the training data held out for validation where the data set has no such part; 0 holds
             out nothing.
+        in_chans: Channels that images are converted to: 3, colour, or 1, grey.
 
     Raises:
         DataError: No such folder, columns missing or ambiguous, labels out of range, no training part.
@@ -267,8 +269,10 @@ def load_image_data(
 
     def part(*names: str) -> Optional[ImageSplit]:
         found = next((n for n in names if n in opened), None)
-        return found and ImageSplit(
-            opened[found].select_columns([image_column, label_column]), found, image_column, label_column)
+        if found is None:
+            return None
+        rows = opened[found].select_columns([image_column, label_column])
+        return ImageSplit(rows, found, image_column, label_column, mode='L' if in_chans == 1 else 'RGB')
 
     train, validation, test = part('train'), part(*VALIDATION_NAMES), part('test')
     if test is not None and len(test) and (test.labels == -1).all():

@@ -139,7 +139,7 @@ def exit_costs(
 
 def exit_table(model: MultiExit, metrics: Dict[str, Dict[str, Any]], input_size=None) -> List[Dict[str, Any]]:
     """Join costs and measurements: one dict an exit, the ensemble last, with `exit` (its name) and `stage`."""
-    stages = [model.stages[i].module for i in model.exits] + ['the end', 'all exits']
+    stages = [model.stages[i].module for i in (*model.exits, -1)] + ['all exits']
     costs = exit_costs(model, input_size)
     return [
         dict(exit=name, stage=stage, **asdict(costs[name]), **metrics[name])

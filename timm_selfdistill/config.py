@@ -1,0 +1,216 @@
+"""The flat dataclass that is the command line of `recipes/train.py`, and the YAML files that give its defaults."""
+import argparse
+import ast
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple
+
+import tyro
+import yaml
+
+__all__ = ['ConfigError', 'TrainConfig', 'parse_train_config']
+
+
+class ConfigError(ValueError):
+    """A setting cannot be used; the message names it and what is allowed."""
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Train a multi-exit network by self-distillation."""
+
+    model: str = 'resnet18'
+    """Any timm model; resnet50 and resnet50_sd mean the same."""
+    backbone_pretrained: bool = False
+    """Start from timm's weights in the backbone (a tag in --model picks which: resnet50.a1_in1k)."""
+    num_classes: Optional[int] = None
+    """Classes of the model; those of the data when None."""
+    in_chans: int = 3
+    """Channels of the images: 3 for colour, 1 for grey."""
+    img_size: Optional[int] = None
+    """Side of the images in pixels. When None their own, between 32 and what the model was made for."""
+    exits: Optional[Tuple[int, ...]] = None
+    """Indices of feature_info after which auxiliary exits stand; the stage boundaries when None."""
+    exit_head: str = 'bottleneck'
+    """Kind of exit head."""
+    model_kwargs: Tuple[str, ...] = ()
+    """More arguments of the model, as key=value."""
+
+    dataset: Optional[str] = None
+    """digits, a Hugging Face Hub id, or a loader of the datasets library; found out from --data-dir when None."""
+    data_dir: Optional[str] = None
+    """Local folder: parquet or arrow files, or images in one folder a class."""
+    image_column: Optional[str] = None
+    """Column of the images, where the data set leaves a choice."""
+    label_column: Optional[str] = None
+    """Column of the labels, where the data set leaves a choice."""
+    val_fraction: float = 0.1
+    """Part of the training data held out for validation where the data set has no such part."""
+    workers: Optional[int] = None
+    """Loader processes; when None, 4 with an accelerator and none on a CPU, which is busy with training."""
+
+    method: Literal['byot', 'deep-supervision', 'plain'] = 'byot'
+    """byot: the deepest exit teaches the others. deep-supervision: labels alone at every exit. plain: no exits."""
+    alpha: float = 0.5
+    """Share of the divergence against the cross entropy at auxiliary exits."""
+    temperature: float = 3.0
+    """Softens teacher and student in the divergence."""
+    square_temperature: bool = True
+    """Multiply the divergence by the squared temperature."""
+    hint_weight: float = 0.03
+    """Weight of the mean squared distance between features."""
+
+    epochs: int = 20
+    """Passes over the training data."""
+    batch_size: int = 64
+    """Images of one optimizer step, over all processes together: their number changes neither images nor rate."""
+    opt: str = 'sgd'
+    """timm's name of the optimizer."""
+    lr: float = 0.05
+    """Learning rate."""
+    momentum: float = 0.9
+    """Momentum of the optimizer."""
+    weight_decay: float = 5e-4
+    """Weight decay; biases and norms have none."""
+    clip_grad: Optional[float] = None
+    """Largest norm of the gradient."""
+    layer_decay: Optional[float] = None
+    """Factor of the learning rate from layer to layer."""
+    sched: str = 'cosine'
+    """timm's name of the schedule, set anew at every step."""
+    warmup_epochs: int = 1
+    """Epochs in which the learning rate rises."""
+    warmup_lr: float = 1e-4
+    """Learning rate it rises from."""
+    min_lr: float = 0.
+    """Learning rate it falls to."""
+    decay_milestones: Tuple[int, ...] = ()
+    """Epochs after which the multistep schedule lowers the learning rate."""
+    decay_rate: float = 0.1
+    """Factor by which it does."""
+
+    crop: Optional[Literal['pad', 'rrc']] = None
+    """pad: shift by up to an eighth of the side. rrc: resize a random part. pad for images no larger than --img-size
+    when None."""
+    scale: Tuple[float, float] = (0.08, 1.0)
+    """Range of the area that rrc cuts out."""
+    hflip: Optional[float] = None
+    """Probability of mirroring; 0.5 when None, 0 on digits, whose mirror images are no digits."""
+    color_jitter: float = 0.
+    """Strength of timm's colour jitter."""
+    aa: Optional[str] = None
+    """timm's augmentation policy, for example rand-m9-mstd0.5."""
+    reprob: float = 0.
+    """Probability of random erasing."""
+    mean: Optional[Tuple[float, ...]] = None
+    """Mean of the channels, 0 to 1; the model's when None."""
+    std: Optional[Tuple[float, ...]] = None
+    """Standard deviation of the channels; the model's when None."""
+    mixup: float = 0.
+    """Alpha of mixup."""
+    cutmix: float = 0.
+    """Alpha of cutmix."""
+    smoothing: float = 0.
+    """Label smoothing."""
+    drop: Optional[float] = None
+    """Dropout before the classifiers."""
+    drop_path: Optional[float] = None
+    """Stochastic depth, where the model has it."""
+
+    model_ema: bool = False
+    """Evaluate and save the moving average of the weights."""
+    model_ema_decay: float = 0.9998
+    """Its decay, reached by and by."""
+
+    seed: int = 42
+    """Seed of the weights, the order and the augmentation."""
+    output: str = 'output/train'
+    """Folder of runs."""
+    experiment: Optional[str] = None
+    """Name of this run's folder; date and model when None. Must not exist yet."""
+    log_interval: int = 50
+    """Steps between two looks at the loss on an accelerator; a CPU looks at every step."""
+
+    def model_arguments(self) -> Dict[str, Any]:
+        """Return `model_kwargs` as a dict, values read as Python literals where they are such."""
+        arguments = {}
+        for pair in self.model_kwargs:
+            key, equals, text = pair.partition('=')
+            if not equals or not key.isidentifier():
+                raise ConfigError(f'--model-kwargs {pair}: expected key=value.')
+            try:
+                arguments[key] = ast.literal_eval(text)
+            except (SyntaxError, ValueError):
+                arguments[key] = text
+        return arguments
+
+    def check(self) -> None:
+        """Raise ConfigError for the first number that is out of range."""
+        at_least = dict(
+            epochs=1, batch_size=1, lr=0, momentum=0, weight_decay=0, warmup_epochs=0, hint_weight=0, reprob=0, mixup=0,
+            cutmix=0, smoothing=0, alpha=0, hflip=0, workers=0, num_classes=1, img_size=1, log_interval=1, seed=0,
+            model_ema_decay=0, color_jitter=0, drop=0, drop_path=0, min_lr=0,
+        )
+        at_most = dict(alpha=1, hflip=1, reprob=1, smoothing=1, model_ema_decay=1, drop=1, drop_path=1)
+        for name, low in at_least.items():
+            value, high = getattr(self, name), at_most.get(name)
+            if value is not None and not low <= value <= (math.inf if high is None else high) or value == math.inf:
+                allowed = f'a number of {low} or more' if high is None else f'a number from {low} to {high}'
+                raise ConfigError(f'--{name.replace("_", "-")} {value}: expected {allowed}.')
+        if not self.temperature > 0:
+            raise ConfigError(f'--temperature {self.temperature}: expected more than 0.')
+        if self.in_chans not in (1, 3):
+            raise ConfigError(f'--in-chans {self.in_chans}: expected 3 (colour) or 1 (grey).')
+        self.model_arguments()
+
+
+def _yaml_arguments(path: str) -> List[str]:
+    """Turn a YAML file of settings into command line arguments, so that one parser checks both."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except OSError as e:
+        raise ConfigError(f'--config {path}: {e.strerror}.') from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f'--config {path}: not YAML: {e}') from e
+    if not isinstance(settings or {}, dict):
+        raise ConfigError(f'--config {path}: expected lines of "name: value".')
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    arguments = []
+    for key, value in (settings or {}).items():
+        name = str(key).replace('-', '_')
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3)
+            hint = f'; did you mean {", ".join(close)}?' if close else '.'
+            raise ConfigError(f'--config {path}: there is no setting {key}{hint}')
+        option = f'--{name.replace("_", "-")}'
+        if isinstance(value, bool):
+            arguments.append(option if value else f'--no-{option[2:]}')
+        elif isinstance(value, dict):
+            arguments += [option, *(f'{k}={v}' for k, v in value.items())]
+        elif isinstance(value, (list, tuple)):
+            arguments += [option, *map(str, value)]
+        else:
+            arguments += [option, str(value)]
+    return arguments
+
+
+def parse_train_config(argv: Sequence[str]) -> TrainConfig:
+    """Read a `TrainConfig` from command line arguments; those of `-c/--config` files come first, so the rest wins.
+
+    Raises:
+        ConfigError: A setting is out of range, or a config file cannot be read.
+        SystemExit: An argument is unknown or has the wrong type; the reason has been printed.
+    """
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument('-c', '--config', action='append', default=[])
+    known, rest = files.parse_known_args(argv)
+    arguments = [argument for path in known.config for argument in _yaml_arguments(path)] + rest
+    config = tyro.cli(
+        TrainConfig,
+        args=arguments,
+        description='Train a multi-exit network by self-distillation. -c/--config FILE reads defaults from YAML.',
+    )
+    config.check()
+    return config

@@ -1,0 +1,101 @@
+"""What a person sees of a run: a progress bar, a line an epoch, a table at the end."""
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, Sequence
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ['Reporter', 'render_table']
+
+
+def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
+    """Lay out rows of `metrics.exit_table` for a terminal."""
+    table = Table(
+        title=title, title_justify='left', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column('exit', no_wrap=True)
+    table.add_column('after', no_wrap=True)
+    for column in ('params', 'MACs', 'share %', 'top-1 %', 'top-5 %', 'NLL', 'ECE %'):
+        table.add_column(column, justify='right', no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row['exit'],
+            row['stage'],
+            f'{row["params"] / 1e6:.2f}M',
+            f'{row["macs"] / 1e6:.1f}M',
+            f'{100 * row["share"]:.1f}',
+            f'{row["top1"]:.2f}',
+            f'{row["top5"]:.2f}',
+            f'{row["loss"]:.4f}',
+            f'{row["ece"]:.2f}',
+        )
+    return table
+
+
+class Reporter:
+    """Shows the progress of a run on a terminal, or line by line in a log.
+
+    Args:
+        enabled: False in all processes but one.
+        epochs: Epochs of the run.
+    """
+
+    def __init__(self, enabled: bool, epochs: int):
+        self.enabled = enabled
+        self.epochs = epochs
+        self.console = Console(quiet=not enabled, highlight=False)
+        self.progress = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def start(self, folder: Path, data, data_config: Dict[str, Any], model, costs, accelerator) -> None:
+        parts = ', '.join(f'{len(part):,} {name}' for name, part in data.parts().items())
+        channels, height, width = data_config['input_size']
+        places = ', '.join(
+            f'{name} {100 * cost.share:.0f} %' for name, cost in costs.items() if name != 'ensemble')
+        size = f'{channels}×{height}×{width}'
+        self.say(f'data    {data.name}: {parts} images; {data.num_classes} classes; seen at {size}')
+        self.say(f'model   {model.pretrained_cfg["architecture"]}; share of the multiply-adds: {places}')
+        precision = accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'
+        self.say(f'device  {accelerator.num_processes} × {accelerator.device.type}, {precision}')
+        self.say(f'folder  {folder}')
+
+    def steps(self, loader: Iterable, epoch: int) -> Iterator:
+        """Pass on the loader's batches under a progress bar, which shows on terminals only."""
+        if not (self.enabled and self.console.is_terminal):
+            yield from loader
+            return
+        columns = (
+            TextColumn('epoch {task.fields[epoch]}/{task.fields[epochs]}'), BarColumn(bar_width=20),
+            MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn('{task.fields[terms]}'),
+        )
+        with Progress(*columns, console=self.console, transient=True) as self.progress:
+            self.bar = self.progress.add_task('', total=len(loader), epoch=epoch + 1, epochs=self.epochs, terms='')
+            for batch in loader:
+                yield batch
+                self.progress.advance(self.bar)
+        self.progress = None
+
+    def terms(self, names: Sequence[str], values: torch.Tensor) -> None:
+        """Show the loss and its terms, averaged over the epoch so far, beside the bar."""
+        if self.progress is not None:
+            shown = '  '.join(f'{name} {value:.3f}' for name, value in zip(names, values.tolist()))
+            self.progress.update(self.bar, terms=shown)
+
+    def epoch(self, epoch: int, terms: Dict[str, float], metrics, split: str, seconds: float) -> None:
+        accuracies = '  '.join(f'{name} {values["top1"]:.2f}' for name, values in metrics.items())
+        self.say(
+            f'epoch {epoch + 1:>{len(str(self.epochs))}}/{self.epochs}  loss {terms["loss"]:.4f}  '
+            f'{split} top-1: {accuracies}  ({seconds:.1f} s)'
+        )
+
+    def finish(self, folder: Path, rows: List[Dict[str, Any]], split: str) -> None:
+        self.console.print(render_table(rows, f'{split} part, weights of the last epoch'))
+        self.say('Load it with')
+        self.say('    import timm, timm_selfdistill')
+        self.say(f'    model = timm.create_model("local-dir:{folder}", pretrained=True)')
