@@ -1,4 +1,5 @@
 """Data sets of labelled images through the `datasets` library, and their batches."""
+import copy
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,6 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 import datasets
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
@@ -33,49 +33,67 @@ class ImageSplit(Dataset):
     draws of the transform depend on nothing but seed, epoch and row, not on worker, process or what ran before.
 
     Args:
-        rows: Table with an image and a label column.
+        table: Table with an image and a label column.
         name: What to call the part in messages.
         image_column: Its image column.
         label_column: Its label column.
         mode: PIL mode that images are converted to, `RGB` or `L`.
 
     Attributes:
-        labels: Array (len(self),).
+        index: Rows of the table that belong to the part, all at first.
         transform: Turns a PIL image into a tensor.
         seed: Seed of the transform's random draws.
+
+    Raises:
+        DataError: A row has no label.
     """
 
-    def __init__(self, rows: datasets.Dataset, name: str, image_column: str, label_column: str, mode: str = 'RGB'):
-        self.rows = rows
-        self.name = name
+    def __init__(self, table: datasets.Dataset, name: str, image_column: str, label_column: str, mode: str = 'RGB'):
+        self.name = self.origin = name
         self.image_column = image_column
-        self.label_column = label_column
+        self.images = table.select_columns(image_column)
         self.mode = mode
-        self.images = rows.select_columns(image_column)
-        self.labels = np.asarray(rows[label_column][:])
+        labels = table[label_column][:]
+        missing = next((i for i, label in enumerate(labels) if label is None), None)
+        if missing is not None:
+            raise DataError(f'There is no label in row {missing} of the {name} part.')
+        self._labels = np.asarray(labels)
+        self.index = np.arange(len(labels))
         self.transform: Optional[Callable] = None
         self.seed = 0
 
+    def select(self, index: np.ndarray, name: str) -> 'ImageSplit':
+        """Return a part of this part, which messages still call by its row and part in the data set."""
+        part = copy.copy(self)
+        part.index, part.name = self.index[index], name
+        return part
+
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.index)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels (len(self),)."""
+        return self._labels[self.index]
 
     def image(self, row: int):
         """Decode one image.
 
         Raises:
-            DataError: It cannot be decoded; the message names the row.
+            DataError: It cannot be decoded; the message names its row in the data set.
         """
+        place = int(self.index[row])
         try:
-            image = self.images[row][self.image_column]
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as e:
-            raise DataError(f'Cannot read the image in row {row} of the {self.name} part: {e}') from e
+            image = self.images[place][self.image_column]
+        except (OSError, SyntaxError, ValueError) as e:
+            raise DataError(f'Cannot read the image in row {place} of the {self.origin} part: {e}') from e
         if image is None:
-            raise DataError(f'There is no image in row {row} of the {self.name} part.')
+            raise DataError(f'There is no image in row {place} of the {self.origin} part.')
         return image.convert(self.mode)
 
     def __getitem__(self, key: Union[int, Tuple[int, int]]) -> Tuple[torch.Tensor, int]:
         epoch, row = key if isinstance(key, tuple) else (None, key)
-        image, label = self.image(row), int(self.labels[row])
+        image, label = self.image(row), int(self._labels[self.index[row]])
         if epoch is None:
             return self.transform(image), label
         with _seeded(self.seed, epoch, row):
@@ -207,30 +225,25 @@ def _pick_columns(
 
 
 def _hold_out(split: ImageSplit, fraction: float) -> Tuple[ImageSplit, ImageSplit]:
-    """Split off the same part of the training data in every run, class by class where classes are declared."""
-    stratify = split.label_column if isinstance(split.rows.features[split.label_column], datasets.ClassLabel) else None
+    """Split off the same part of the training data in every run, of every class its share."""
+    from sklearn.model_selection import train_test_split
+
     try:
-        parts = split.rows.train_test_split(test_size=fraction, seed=0, stratify_by_column=stratify)
+        kept, held_out = train_test_split(
+            np.arange(len(split)), test_size=fraction, stratify=split.labels, random_state=0)
     except ValueError as e:  # a class with a single image, or fewer images than classes
         raise DataError(
             f'Cannot hold out {fraction:g} of {len(split)} training images for validation: {e} '
             f'Give the data a validation part, or pass --val-fraction 0.'
         ) from e
-    return tuple(
-        ImageSplit(rows, name, split.image_column, split.label_column, split.mode)
-        for rows, name in ((parts['train'], 'train'), (parts['test'], 'validation'))
-    )
+    return split.select(np.sort(kept), 'train'), split.select(np.sort(held_out), 'validation')
 
 
 def _check_labels(split: ImageSplit, num_classes: int) -> None:
-    labels = split.labels
-    if labels.dtype.kind not in 'iu':
-        row = next(i for i, label in enumerate(split.rows[split.label_column][:]) if not isinstance(label, int))
-        raise DataError(f'There is no label in row {row} of the {split.name} part.')
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    wrong = np.flatnonzero((split.labels < 0) | (split.labels >= num_classes))
     if len(wrong):
         raise DataError(
-            f'Label {labels[wrong[0]]} in row {wrong[0]} of the {split.name} part is out of range: '
+            f'Label {split.labels[wrong[0]]} in row {wrong[0]} of the {split.name} part is out of range: '
             f'expected 0 to {num_classes - 1} ({len(wrong)} such rows).'
         )
 
@@ -271,8 +284,7 @@ def load_image_data(
         found = next((n for n in names if n in opened), None)
         if found is None:
             return None
-        rows = opened[found].select_columns([image_column, label_column])
-        return ImageSplit(rows, found, image_column, label_column, mode='L' if in_chans == 1 else 'RGB')
+        return ImageSplit(opened[found], found, image_column, label_column, mode='L' if in_chans == 1 else 'RGB')
 
     train, validation, test = part('train'), part(*VALIDATION_NAMES), part('test')
     if test is not None and len(test) and (test.labels == -1).all():

@@ -137,7 +137,8 @@ class MultiExit(nn.Module):
             return logits
         if deepest:
             with torch.no_grad():
-                features.append(self.backbone.forward_head(final, pre_logits=True))
+                # detached as well: a view taken under no_grad still belongs to the graph of what it views
+                features.append(self.backbone.forward_head(final, pre_logits=True).detach())
         return logits, features
 
     def truncate(self, k: int) -> nn.Module:

@@ -1,0 +1,85 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from timm_selfdistill.config import ConfigError, TrainConfig, parse_train_config
+
+
+def test_the_command_line_is_the_dataclass():
+    assert parse_train_config([]) == TrainConfig()
+    config = parse_train_config([
+        '--model', 'resnet50', '--exits', '1', '2', '--no-square-temperature', '--model-ema', '--lr', '1e-3',
+        '--model_kwargs', 'drop_rate=0.1', 'act_layer=gelu'])
+    assert (config.model, config.exits, config.square_temperature, config.model_ema, config.lr) == (
+        'resnet50', (1, 2), False, True, 1e-3)
+    assert config.model_arguments() == dict(drop_rate=0.1, act_layer='gelu')
+
+
+def test_yaml_gives_defaults_and_the_command_line_wins(tmp_path):
+    first, second = tmp_path / 'a.yaml', tmp_path / 'b.yaml'
+    first.write_text('epochs: 5\nlr: 1e-3\nexits: [1, 2]\nmodel-ema: true\nmodel_kwargs: {drop_rate: 0.1}\n')
+    second.write_text('epochs: 7\nexits: null\n')
+    config = parse_train_config(['-c', str(first)])
+    assert (config.epochs, config.lr, config.exits, config.model_ema) == (5, 1e-3, (1, 2), True)
+    assert config.model_arguments() == dict(drop_rate=0.1)
+    assert parse_train_config(['--epochs', '9', '--config', str(first)]).epochs == 9
+    config = parse_train_config(['-c', str(first), '-c', str(second)])
+    assert (config.epochs, config.exits, config.lr) == (7, None, 1e-3)
+
+
+def test_args_yaml_repeats_a_run(tmp_path):
+    config = parse_train_config(['--exits', '2', '--mixup', '0.2', '--no-square-temperature', '--mean', '0.1', '0.2'])
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(plain))
+    assert parse_train_config(['-c', str(tmp_path / 'args.yaml')]) == config
+
+
+@pytest.mark.parametrize('text, message', [
+    ('epoch: 3', 'there is no setting epoch; did you mean epochs'),
+    ('- 3', 'expected lines of "name: value"'),
+    ('a: [', 'not YAML'),
+])
+def test_a_config_file_that_makes_no_sense_is_refused(tmp_path, text, message):
+    path = tmp_path / 'c.yaml'
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        parse_train_config(['-c', str(path)])
+
+
+def test_a_config_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match='nowhere.yaml: No such file'):
+        parse_train_config(['-c', str(tmp_path / 'nowhere.yaml')])
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--epochs', '0'], '--epochs 0: expected a number of 1 or more'),
+    (['--alpha', '1.1'], '--alpha 1.1: expected a number from 0 to 1'),
+    (['--lr', 'nan'], '--lr nan'),
+    (['--lr', 'inf'], '--lr inf'),
+    (['--temperature', '0'], '--temperature 0.0: expected more than 0'),
+    (['--in-chans', '2'], '--in-chans 2: expected 3'),
+    (['--model-kwargs', 'drop_rate'], '--model-kwargs drop_rate: expected key=value'),
+])
+def test_values_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_train_config(arguments)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--epoch', '3'], '--epochs'),
+    (['--method', 'magic'], "invalid choice 'magic' for argument '--method'"),
+    (['--epochs', 'ten'], 'ten'),
+])
+def test_arguments_that_do_not_exist_are_explained(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_train_config(arguments)
+    assert message in ' '.join(capsys.readouterr().err.split())
+
+
+def test_every_setting_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        parse_train_config(['--help'])
+    out = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert f'--{field.name.replace("_", "-")}' in out

@@ -1,0 +1,199 @@
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+
+from timm_selfdistill import MultiExit, add_exits
+from timm_selfdistill.hub import save_model
+
+FAMILIES = ['test_resnet', 'test_vit', 'test_convnext', 'test_efficientnet']
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return timm.create_model(f'{request.param}_sd', num_classes=7).eval()
+
+
+@pytest.fixture
+def images(model):
+    return torch.randn(2, *model.pretrained_cfg['input_size'])
+
+
+def test_forward_is_the_plain_network_bit_for_bit(model, images):
+    arch = model.pretrained_cfg['architecture'].removesuffix('_sd')
+    plain = timm.create_model(arch, num_classes=7).eval()
+    plain.load_state_dict({k[9:]: v for k, v in model.state_dict().items() if k.startswith('backbone.')})
+    assert torch.equal(model(images), plain(images))
+    assert torch.equal(model.forward_exits(images)[-1], plain(images))
+
+
+def test_every_exit_gives_logits(model, images):
+    logits = model.forward_exits(images)
+    assert model.num_exits == len(logits) == len(model.exits) + 1 > 2
+    assert all(z.shape == (2, 7) for z in logits)
+    for k in range(model.num_exits):
+        shorter = model.forward_exits(images, upto=k)
+        assert len(shorter) == k + 1
+        assert all(torch.equal(a, b) for a, b in zip(shorter, logits))
+
+
+def test_features_are_what_the_classifiers_see(model, images):
+    logits, features = model.forward_exits(images, return_features=True)
+    for head, z, f in zip(model.exit_heads, logits, features):
+        assert torch.equal(head.forward_head(f), z)
+    assert features[-1].shape == (2, model.head_hidden_size)
+    assert not features[-1].requires_grad
+    assert features[0].requires_grad
+
+
+def test_upto_runs_no_further(tiny):
+    ran = []
+    tiny.backbone.layer3.register_forward_hook(lambda *_: ran.append('layer3'))
+    tiny.backbone.layer4.register_forward_hook(lambda *_: ran.append('layer4'))
+    tiny.eval().forward_exits(torch.randn(1, 3, 64, 64), upto=0)
+    assert ran == []
+    tiny.forward_exits(torch.randn(1, 3, 64, 64), upto=1)
+    assert ran == ['layer3']
+
+
+def test_truncated_networks_equal_the_exits_and_hold_nothing_else(model, images):
+    logits = model.forward_exits(images)
+    sizes = []
+    for k, expected in enumerate(logits):
+        network = model.truncate(k)
+        assert torch.equal(network(images), expected)
+        needed = {p for p in network.parameters()}
+        network(images).sum().backward()
+        assert all(p.grad is not None for p in needed), 'a parameter that the exit does not use'
+        sizes.append(sum(p.numel() for p in network.backbone.parameters()) if k < len(logits) - 1 else None)
+    assert sizes[:-1] == sorted(sizes[:-1])
+
+
+@pytest.mark.parametrize('k', [-1, 3, 1.0, '1', True])
+def test_an_exit_that_does_not_exist_is_refused(tiny, k):
+    for call in (tiny.truncate, lambda k: tiny.forward_exits(torch.randn(1, 3, 64, 64), upto=k)):
+        with pytest.raises(ValueError, match='test_resnet_sd has the exits 0 to 2'):
+            call(k)
+
+
+def test_all_exits_come_only_in_training_and_only_on_request(tiny):
+    x = torch.randn(2, 3, 64, 64)
+    assert isinstance(tiny.train()(x), torch.Tensor)
+    tiny.set_distilled_training(True)
+    assert [z.shape for z in tiny(x)] == [(2, 5)] * 3
+    assert isinstance(tiny.eval()(x), torch.Tensor)
+    tiny.set_distilled_training(False)
+    assert isinstance(tiny.train()(x), torch.Tensor)
+
+
+def test_backward_through_all_exits_reaches_every_parameter(model, images):
+    model.train()
+    sum(z.square().mean() for z in model.forward_exits(images)).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_no_auxiliary_exits_is_a_plain_network():
+    model = timm.create_model('test_resnet_sd', exits=()).eval()
+    x = torch.randn(1, 3, 64, 64)
+    assert model.num_exits == 1
+    assert torch.equal(model.forward_exits(x)[0], model(x))
+
+
+def test_maps_that_the_stride_does_not_divide():
+    model = timm.create_model('test_resnet_sd', exits=(1, 2, 3)).eval()
+    for size in (33, 50, 71):
+        assert [z.shape for z in model.forward_exits(torch.randn(1, 3, size, size + 8))] == [(1, 1000)] * 4
+
+
+def test_add_exits_keeps_weights_and_describes_itself():
+    plain = timm.create_model('test_resnet', num_classes=4).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = plain(x)
+    model = add_exits(plain, exits=(2,))
+    assert model.backbone is plain
+    assert torch.equal(model(x), expected)
+    assert model.num_classes == 4
+    assert model.num_features == plain.num_features
+    assert model.feature_info is plain.feature_info
+    assert model.pretrained_cfg['architecture'] == 'test_resnet_sd'
+    assert not any(model.pretrained_cfg.get(key) for key in ('hf_hub_id', 'url', 'file'))
+    assert plain.pretrained_cfg['architecture'] == 'test_resnet'
+    with pytest.raises(ValueError, match='already has exits'):
+        add_exits(model)
+    with pytest.raises(ValueError, match="exit_head='conv': unknown, expected one of bottleneck"):
+        add_exits(plain, exit_head='conv')
+
+
+def test_reset_classifier_reaches_every_exit(tiny):
+    tiny.reset_classifier(9)
+    assert tiny.num_classes == 9
+    assert [z.shape for z in tiny.eval().forward_exits(torch.randn(1, 3, 64, 64))] == [(1, 9)] * 3
+
+
+def test_copies_and_pickles(tiny):
+    x = torch.randn(1, 3, 64, 64)
+    tiny.eval()
+    for twin in (copy.deepcopy(tiny), pickle.loads(pickle.dumps(tiny))):
+        assert all(torch.equal(a, b) for a, b in zip(twin.forward_exits(x), tiny.forward_exits(x)))
+    entry = timm.models.model_entrypoint('test_resnet_sd')
+    assert pickle.loads(pickle.dumps(entry)) is entry
+
+
+def test_round_trip_through_a_folder_is_exact(model, images, tmp_path):
+    save_model(model, tmp_path, label_names=[f'class {i}' for i in range(7)])
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert isinstance(loaded, MultiExit)
+    assert loaded.exits == model.exits
+    assert all(torch.equal(a, b) for a, b in zip(loaded.forward_exits(images), model.forward_exits(images)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
+
+
+def test_loading_with_other_classes_or_channels_adapts_every_exit(tiny, tmp_path):
+    save_model(tiny, tmp_path)
+    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3, in_chans=1).eval()
+    assert [z.shape for z in other.forward_exits(torch.randn(1, 1, 64, 64))] == [(1, 3)] * 3
+    assert torch.equal(other.exit_heads[0].reduce.conv.weight, tiny.exit_heads[0].reduce.conv.weight)
+    assert torch.equal(other.backbone.layer4[0].conv1.weight, tiny.backbone.layer4[0].conv1.weight)
+
+
+def test_saved_config_never_asks_for_the_backbones_weights(tiny, tmp_path):
+    tiny._model_args = dict(tiny._model_args, backbone_pretrained=True)
+    save_model(tiny, tmp_path)
+    assert 'backbone_pretrained' not in (tmp_path / 'config.json').read_text()
+
+
+def test_layer_decay_groups_name_every_parameter(tiny):
+    optimizer = create_optimizer_v2(tiny, 'sgd', lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    grouped = {id(p) for group in optimizer.param_groups for p in group['params']}
+    assert grouped == {id(p) for p in tiny.parameters()}
+    scale = {id(p): group['lr_scale'] for group in optimizer.param_groups for p in group['params']}
+    assert scale[id(tiny.backbone.conv1[0].weight)] < scale[id(tiny.backbone.fc.weight)] == 1.0
+    assert all(scale[id(p)] == 1.0 for p in tiny.exit_heads.parameters())
+
+
+def test_pretrained_without_published_weights_says_what_to_do():
+    with pytest.raises(RuntimeError, match=r'No multi-exit weights are published for resnet50_sd.*backbone_pretrained'):
+        timm.create_model('resnet50_sd', pretrained=True)
+
+
+def test_every_name_of_timm_is_registered():
+    names = timm.list_models()
+    plain = [n for n in names if not n.endswith('_sd')]
+    assert len(plain) >= 1371
+    assert {f'{n}_sd' for n in plain} == {n for n in names if n.endswith('_sd')}
+    assert timm.list_pretrained('*_sd') == []
+
+
+def test_importing_is_cheap():
+    heavy = ('accelerate', 'datasets', 'sklearn', 'matplotlib', 'rich', 'tyro', 'yaml')
+    code = (
+        'import sys, timm\nbefore = set(sys.modules)\nimport timm_selfdistill\n'
+        f'print([m for m in {heavy} if m in sys.modules and m not in before])'
+    )
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == '[]'

@@ -1,0 +1,100 @@
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from timm_selfdistill.stages import Stage, choose_exits, count_macs, find_stages, meta_copy
+
+
+def make_stages(shares, sizes=None):
+    sizes = sizes or [8] * len(shares)
+    return [Stage(i, f's{i}', 8, 4, (size, size), share) for i, (share, size) in enumerate(zip(shares, sizes))]
+
+
+def test_stages_of_resnet18_match_a_hand_count():
+    stages = find_stages(timm.create_model('resnet18'))
+    stem = 64 * 3 * 7 * 7 * 112 * 112
+    layer1 = stem + 4 * 64 * 64 * 9 * 56 * 56
+    layer2 = layer1 + (64 * 128 * 9 + 3 * 128 * 128 * 9 + 64 * 128) * 28 * 28
+    layer3 = layer2 + (128 * 256 * 9 + 3 * 256 * 256 * 9 + 128 * 256) * 14 * 14
+    layer4 = layer3 + (256 * 512 * 9 + 3 * 512 * 512 * 9 + 256 * 512) * 7 * 7
+    total = layer4 + 512 * 1000
+    assert [s.share for s in stages] == pytest.approx([m / total for m in (stem, layer1, layer2, layer3, layer4)])
+    assert [s.num_chs for s in stages] == [64, 64, 128, 256, 512]
+    assert [s.reduction for s in stages] == [2, 4, 8, 16, 32]
+    assert [s.size for s in stages] == [(n, n) for n in (112, 56, 28, 14, 7)]
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('resnet18', (1, 2, 3)),  # layer1, layer2, layer3, as in the paper
+    ('resnet50', (1, 2, 3)),
+    ('wide_resnet50_2', (1, 2, 3)),
+    ('vit_tiny_patch16_224', (2, 5, 8)),  # quarters of twelve blocks
+    ('convnext_atto', (0, 1, 2)),
+    ('swin_tiny_patch4_window7_224', (0, 1, 2)),
+])
+def test_default_exits_stand_at_stage_boundaries(name, expected):
+    assert choose_exits(find_stages(timm.create_model(name))) == expected
+
+
+def test_default_exits_leave_out_stems_and_exits_that_save_nothing():
+    stages = make_stages([0.02, 0.3, 0.6, 0.97, 1.0], sizes=[64, 32, 16, 8, 4])
+    assert choose_exits(stages) == (1, 2)
+
+
+@given(st.lists(st.floats(0.001, 1), min_size=1, max_size=40), st.data())
+def test_a_number_of_exits_gives_as_many_increasing_ones_before_the_end(steps, data):
+    total = sum(steps)
+    stages = make_stages([sum(steps[:i + 1]) / total for i in range(len(steps))])
+    count = data.draw(st.integers(0, len(stages) - 1))
+    exits = choose_exits(stages, count)
+    assert len(exits) == count
+    assert all(a < b for a, b in zip(exits, exits[1:]))
+    assert all(0 <= i < len(stages) - 1 for i in exits)
+
+
+def test_even_steps_get_even_exits():
+    stages = make_stages([(i + 1) / 12 for i in range(12)])
+    assert choose_exits(stages, 1) == (5,)
+    assert choose_exits(stages, 2) == (3, 7)
+    assert choose_exits(stages, 3) == choose_exits(stages) == (2, 5, 8)
+
+
+@pytest.mark.parametrize('exits, message', [
+    ((0, 4), r'exits=\(0, 4\): out of range for net.*0 \(s0\), 1 \(s1\), 2 \(s2\), 3 \(s3\)'),
+    ((-1,), 'out of range'),
+    ((2, 1), 'must increase'),
+    ((1, 1), 'must increase'),
+    ((1.0,), 'whole numbers'),
+    ((True,), 'whole numbers'),
+    (5, 'exits=5: net has 5 stages, so 0 to 4'),
+    (-1, '0 to 4'),
+    ('12', 'expected None'),
+    (True, 'expected None'),
+])
+def test_wrong_exits_are_refused(exits, message):
+    with pytest.raises(ValueError, match=message):
+        choose_exits(make_stages([0.2, 0.4, 0.6, 0.8, 1.0]), exits, 'net')
+
+
+def test_probing_leaves_the_model_alone():
+    model = timm.create_model('test_resnet').train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    find_stages(model)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.device.type == 'cpu' for p in model.parameters())
+
+
+def test_meta_copy_takes_no_memory_and_counts_like_the_model():
+    model = timm.create_model('test_vit').eval()
+    probe = meta_copy(model)
+    assert all(t.device.type == 'meta' for t in probe.state_dict().values())
+    size = model.pretrained_cfg['input_size']
+    assert count_macs(probe, torch.empty(1, *size, device='meta'))[0] == count_macs(model, torch.zeros(1, *size))[0]
+
+
+def test_a_module_that_is_no_timm_model_is_refused():
+    with pytest.raises(ValueError, match='Linear cannot be given exits'):
+        find_stages(torch.nn.Linear(2, 2))
