@@ -113,7 +113,7 @@ def test_evaluate_repeats_the_runs_figures(run, monkeypatch, capsys):
 
 @pytest.mark.parametrize('arguments, message', [
     (['--checkpoint', 'nowhere/run'], 'there is no config.json in nowhere/run'),
-    (['--checkpoint', 'RUN', '--split', 'train', '--dataset', 'digits', '--batch-size', '0'], 'batch_size'),
+    (['--checkpoint', 'RUN', '--data-dir', 'nowhere'], '--data-dir nowhere: no such folder'),
 ])
 def test_evaluate_refuses_what_it_cannot_do(run, monkeypatch, capsys, arguments, message):
     arguments = [str(run[0]) if a == 'RUN' else a for a in arguments]
@@ -196,7 +196,7 @@ def test_a_later_epoch_that_fails_keeps_the_last_good_one(tmp_path, monkeypatch)
     (dict(exit_head='none'), ConfigError, "exit_head='none': unknown, expected one of bottleneck"),
     (dict(num_classes=7), ConfigError, '--num-classes 7: digits has 10 classes'),
     (dict(model_kwargs=('depth=3',)), ConfigError, "unexpected keyword argument 'depth'"),
-    (dict(model='vit_tiny_patch16_224', img_size=30), ConfigError, '--model vit_tiny_patch16_224 with .*30×30'),
+    (dict(model='inception_v3', img_size=32, exits=None), ConfigError, '--model inception_v3 with .* of 32×32: .*input'),
     (dict(batch_size=2000), DataError, '--batch-size 2000 is more than the 1250 training images'),
     (dict(label_column='digit'), DataError, '--label-column digit: digits has no label column of that name'),
     (dict(data_dir='nowhere'), DataError, 'nowhere: no such folder'),

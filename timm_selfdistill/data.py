@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 __all__ = [
-    'DIGITS', 'DataError', 'EpochBatches', 'ImageData', 'ImageSplit', 'create_eval_loader', 'create_train_loader',
-    'eval_transform', 'load_digits', 'load_image_data', 'train_transform',
+    'DIGITS', 'DataError', 'EpochBatches', 'ImageData', 'ImageSplit', 'UnreadableImageError', 'create_eval_loader',
+    'create_train_loader', 'eval_transform', 'load_digits', 'load_image_data', 'train_transform',
 ]
 
 DIGITS = 'digits'
@@ -24,6 +24,12 @@ VALIDATION_NAMES = ('validation', 'valid', 'val', 'dev')
 
 class DataError(ValueError):
     """The data cannot be used as they are; the message says what, where and what to do."""
+
+
+class UnreadableImageError(DataError):
+    """An image cannot be decoded."""
+
+    local = True  # of several processes only the one that came upon it knows
 
 
 class ImageSplit(Dataset):
@@ -80,15 +86,16 @@ class ImageSplit(Dataset):
         """Decode one image.
 
         Raises:
-            DataError: It cannot be decoded; the message names its row in the data set.
+            UnreadableImageError: It cannot be decoded; the message names its row in the data set.
         """
         place = int(self.index[row])
         try:
             image = self.images[place][self.image_column]
         except (OSError, SyntaxError, ValueError) as e:
-            raise DataError(f'Cannot read the image in row {place} of the {self.origin} part: {e}') from e
+            raise UnreadableImageError(
+                f'Cannot read the image in row {place} of the {self.origin} part: {e}') from e
         if image is None:
-            raise DataError(f'There is no image in row {place} of the {self.origin} part.')
+            raise UnreadableImageError(f'There is no image in row {place} of the {self.origin} part.')
         return image.convert(self.mode)
 
     def __getitem__(self, key: Union[int, Tuple[int, int]]) -> Tuple[torch.Tensor, int]:

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import save_for_hf
 
+from .config import ConfigError
 from .multi_exit import MultiExit
 
 __all__ = ['CARD_TEMPLATE', 'load_checkpoint', 'save_model', 'write_card']
@@ -59,7 +60,7 @@ def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
 
     Raises:
         FileNotFoundError: The folder lacks config or weights.
-        ValueError: What was loaded has no exits.
+        ConfigError: What was loaded has no exits.
     """
     source, _, rest = checkpoint.partition(':')
     path = Path(rest if source == 'local-dir' else checkpoint)
@@ -73,7 +74,7 @@ def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
                 )
     model = timm.create_model(f'local-dir:{path}' if local else checkpoint, pretrained=True)
     if not isinstance(model, MultiExit):
-        raise ValueError(f'--checkpoint {checkpoint}: {type(model).__name__} is a network without exits.')
+        raise ConfigError(f'--checkpoint {checkpoint}: {type(model).__name__} is a network without exits.')
     return model.eval(), path if local else None
 
 

@@ -6,6 +6,10 @@ from typing import Callable, Optional
 
 import psutil
 
+from .config import ConfigError
+from .data import DataError
+from .trainer import NonFiniteLossError
+
 __all__ = ['relaunch_on_cpu', 'run_command']
 
 # Any of these says that somebody has started the processes already.
@@ -13,13 +17,15 @@ _STARTED = ('RANK', 'LOCAL_RANK', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a recipe; report mistakes of its user as a sentence on stderr and exit status 2, anything else in full."""
+    """Run a recipe; report what its user can mend as a sentence on stderr and exit with status 2.
+
+    Of several processes the first one speaks, as the others know the same, unless the error is marked `local`.
+    """
     try:
         main()
-    except (ValueError, FileNotFoundError, FloatingPointError) as e:
-        if not str(e) or type(e).__module__.partition('.')[0] not in ('timm_selfdistill', 'builtins'):
-            raise
-        print(f'error: {e}', file=sys.stderr)
+    except (ConfigError, DataError, NonFiniteLossError, FileNotFoundError) as e:
+        if os.environ.get('RANK', '0') == '0' or getattr(e, 'local', False):
+            print(f'error: {e}', file=sys.stderr)
         sys.exit(2)
 
 
