@@ -52,7 +52,7 @@ def test_two_processes_give_the_loss_gradients_and_counts_of_one(tmp_path):
 def test_two_processes_train_one_run(tmp_path):
     out = launch(
         2, HERE.parent / 'recipes' / 'train.py', '--model', 'test_resnet', '--exits', 2, 3, '--epochs', 1,
-        '--output', tmp_path, '--experiment', 'run')
+        '--output', tmp_path, '--experiment', 'run', '--model-ema', '--workers', 1)
     assert out.returncode == 0, out.stderr[-3000:]
     assert out.stdout.count('epoch 1/1') == 1
     assert '2 × cpu' in out.stdout

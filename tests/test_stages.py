@@ -88,11 +88,22 @@ def test_probing_leaves_the_model_alone():
 
 
 def test_meta_copy_takes_no_memory_and_counts_like_the_model():
-    model = timm.create_model('test_vit').eval()
+    model = timm.create_model('test_resnet').eval()
     probe = meta_copy(model)
     assert all(t.device.type == 'meta' for t in probe.state_dict().values())
     size = model.pretrained_cfg['input_size']
     assert count_macs(probe, torch.empty(1, *size, device='meta'))[0] == count_macs(model, torch.zeros(1, *size))[0]
+
+
+def test_attention_is_counted():
+    model = timm.create_model('test_vit', img_size=96)
+    tokens, width, hidden = 37, 64, 192  # 6×6 patches and a class token
+    block = tokens * width * (3 * width + width + 2 * hidden) + 2 * tokens ** 2 * width
+    total = 36 * 3 * 16 ** 2 * width + 6 * block + width * 1000
+    assert len(model.blocks) == 6
+    assert count_macs(meta_copy(model), torch.empty(1, 3, 96, 96, device='meta'))[0] == total
+    shares = [s.share for s in find_stages(model)]
+    assert shares == pytest.approx([(36 * 768 * width + (i + 1) * block) / total for i in range(6)])
 
 
 def test_a_module_that_is_no_timm_model_is_refused():

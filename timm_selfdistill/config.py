@@ -30,7 +30,8 @@ class TrainConfig:
     in_chans: int = 3
     """Channels of the images: 3 for colour, 1 for grey."""
     img_size: Optional[int] = None
-    """Side of the images in pixels. When None their own, between 32 and what the model was made for."""
+    """Side of the images in pixels. When None their own, between 32 and what the model was made for; with pretrained
+    weights and for models of one fixed size the latter."""
     exits: Optional[Tuple[int, ...]] = None
     """Indices of feature_info after which auxiliary exits stand; the stage boundaries when None."""
     exit_head: str = 'bottleneck'
@@ -163,6 +164,14 @@ class TrainConfig:
             raise ConfigError(f'--temperature {self.temperature}: expected more than 0.')
         if self.in_chans not in (1, 3):
             raise ConfigError(f'--in-chans {self.in_chans}: expected 3 (colour) or 1 (grey).')
+        for name in ('mean', 'std'):
+            values = getattr(self, name)
+            if values is not None and len(values) not in (1, self.in_chans):
+                raise ConfigError(f'--{name} {" ".join(map(str, values))}: expected 1 or {self.in_chans} numbers.')
+        if self.std is not None and not min(self.std) > 0:
+            raise ConfigError(f'--std {" ".join(map(str, self.std))}: expected numbers greater than 0.')
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(f'--scale {self.scale[0]} {self.scale[1]}: expected two rising numbers from 0 to 1.')
         self.model_arguments()
 
 

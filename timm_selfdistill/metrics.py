@@ -6,10 +6,11 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from timm.models import get_model_input_config
 from timm.task import ClassificationEvaluator
 
 from .multi_exit import MultiExit
-from .stages import count_macs, meta_copy, model_input_size
+from .stages import count_macs, meta_copy
 
 __all__ = ['ExitCost', 'ExitEvaluator', 'ensemble_logits', 'evaluate_exits', 'exit_costs', 'exit_names', 'exit_table']
 
@@ -127,7 +128,7 @@ def exit_costs(
         input_size: Channels, height and width of an image; what the model was built for when None.
     """
     probe = meta_copy(model)
-    x = torch.empty((1, *(input_size or model_input_size(model))), device='meta')
+    x = torch.empty((1, *(input_size or get_model_input_config(model)['input_size'])), device='meta')
     full, _ = count_macs(probe, x)
     costs = OrderedDict()
     networks: List[Tuple[nn.Module, Any]] = [(net, net) for net in map(probe.truncate, range(model.num_exits))]

@@ -4,10 +4,10 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.models import group_parameters
+from timm.models import get_model_input_config, group_parameters
 
 from .heads import create_exit_head
-from .stages import ExitSpec, Stage, choose_exits, find_stages, model_input_size, take_taps
+from .stages import ExitSpec, Stage, choose_exits, find_stages, take_taps
 
 __all__ = ['MultiExit', 'ExitNetwork', 'add_exits']
 
@@ -173,7 +173,7 @@ class MultiExit(nn.Module):
 
     @property
     def in_chans(self) -> int:
-        return getattr(self.backbone, 'in_chans', model_input_size(self.backbone)[0])
+        return get_model_input_config(self.backbone)['input_size'][0]
 
     @property
     def feature_info(self):

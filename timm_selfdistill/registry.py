@@ -5,8 +5,7 @@ from collections import deque
 from typing import Any, Callable, Union
 
 import timm
-from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
-from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 
 from .multi_exit import MultiExit
 from .stages import ExitSpec

@@ -3,10 +3,15 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Sequence
 
 import torch
+from accelerate import Accelerator
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+
+from .data import ImageData
+from .metrics import exit_costs
+from .multi_exit import MultiExit
 
 __all__ = ['Reporter', 'render_table']
 
@@ -51,16 +56,25 @@ class Reporter:
         self.progress = None
 
     def say(self, text: str) -> None:
+        """Print a line, however long."""
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def start(self, folder: Path, data, data_config: Dict[str, Any], model, costs, accelerator) -> None:
+    def start(
+            self,
+            folder: Path,
+            data: ImageData,
+            data_config: Dict[str, Any],
+            model: MultiExit,
+            accelerator: Accelerator,
+    ) -> None:
+        """Say what is about to be trained on what."""
         parts = ', '.join(f'{len(part):,} {name}' for name, part in data.parts().items())
         channels, height, width = data_config['input_size']
-        places = ', '.join(
-            f'{name} {100 * cost.share:.0f} %' for name, cost in costs.items() if name != 'ensemble')
+        costs = exit_costs(model, data_config['input_size'])
+        shares = ', '.join(f'{name} {100 * cost.share:.0f} %' for name, cost in costs.items() if name != 'ensemble')
         size = f'{channels}×{height}×{width}'
         self.say(f'data    {data.name}: {parts} images; {data.num_classes} classes; seen at {size}')
-        self.say(f'model   {model.pretrained_cfg["architecture"]}; share of the multiply-adds: {places}')
+        self.say(f'model   {model.pretrained_cfg["architecture"]}; share of the multiply-adds: {shares}')
         precision = accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'
         self.say(f'device  {accelerator.num_processes} × {accelerator.device.type}, {precision}')
         self.say(f'folder  {folder}')
@@ -70,9 +84,13 @@ class Reporter:
         if not (self.enabled and self.console.is_terminal):
             yield from loader
             return
+        whole = Column(no_wrap=True, min_width=len(f'epoch {epoch + 1}/{self.epochs}'))
         columns = (
-            TextColumn('epoch {task.fields[epoch]}/{task.fields[epochs]}'), BarColumn(bar_width=20),
-            MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn('{task.fields[terms]}'),
+            TextColumn('epoch {task.fields[epoch]}/{task.fields[epochs]}', table_column=whole),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(len(loader))) + 1)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
+            TextColumn('{task.fields[terms]}', table_column=Column(no_wrap=True)),
         )
         with Progress(*columns, console=self.console, transient=True) as self.progress:
             self.bar = self.progress.add_task('', total=len(loader), epoch=epoch + 1, epochs=self.epochs, terms='')
@@ -82,12 +100,22 @@ class Reporter:
         self.progress = None
 
     def terms(self, names: Sequence[str], values: torch.Tensor) -> None:
-        """Show the loss and its terms, averaged over the epoch so far, beside the bar."""
+        """Show the loss and its terms, averaged over the epoch so far, each kind exit by exit."""
         if self.progress is not None:
-            shown = '  '.join(f'{name} {value:.3f}' for name, value in zip(names, values.tolist()))
-            self.progress.update(self.bar, terms=shown)
+            kinds: Dict[str, List[str]] = {}
+            for name, value in zip(names, values.tolist()):
+                kinds.setdefault(name.rstrip('0123456789'), []).append(f'{value:.2f}')
+            self.progress.update(self.bar, terms=' '.join(f'{kind} {"/".join(v)}' for kind, v in kinds.items()))
 
-    def epoch(self, epoch: int, terms: Dict[str, float], metrics, split: str, seconds: float) -> None:
+    def epoch(
+            self,
+            epoch: int,
+            terms: Dict[str, float],
+            metrics: Dict[str, Dict[str, Any]],
+            split: str,
+            seconds: float,
+    ) -> None:
+        """Give an epoch its line."""
         accuracies = '  '.join(f'{name} {values["top1"]:.2f}' for name, values in metrics.items())
         self.say(
             f'epoch {epoch + 1:>{len(str(self.epochs))}}/{self.epochs}  loss {terms["loss"]:.4f}  '
@@ -95,6 +123,7 @@ class Reporter:
         )
 
     def finish(self, folder: Path, rows: List[Dict[str, Any]], split: str) -> None:
+        """Show the table of all exits and how to load the network."""
         self.console.print(render_table(rows, f'{split} part, weights of the last epoch'))
         self.say('Load it with')
         self.say('    import timm, timm_selfdistill')

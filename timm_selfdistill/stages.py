@@ -5,9 +5,10 @@ from typing import Any, Callable, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+from timm.models import get_model_input_config
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['Stage', 'find_stages', 'choose_exits', 'count_macs', 'meta_copy', 'model_input_size']
+__all__ = ['Stage', 'find_stages', 'choose_exits', 'count_macs', 'meta_copy']
 
 ExitSpec = Union[None, int, Sequence[int]]
 
@@ -54,12 +55,6 @@ def count_macs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Tuple[int, 
     return counter.get_total_flops() // 2, result  # a multiply-add is two floating point operations
 
 
-def model_input_size(model: nn.Module) -> Tuple[int, int, int]:
-    """Return the (channels, height, width) a timm model was built for."""
-    from timm.models._input import get_model_input_config  # the one place where timm keeps a resized model's size
-    return tuple(get_model_input_config(model)['input_size'])
-
-
 def find_stages(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> Tuple[Stage, ...]:
     """Probe where a timm model may be cut.
 
@@ -81,7 +76,7 @@ def find_stages(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
             f'{type(model).__name__} cannot be given exits: it has no forward_intermediates() or feature_info. '
             f'Any model of timm >= 1.0.31 has both.'
         )
-    input_size = tuple(input_size or model_input_size(model))
+    input_size = tuple(input_size or get_model_input_config(model)['input_size'])
     probe = meta_copy(model)
     x = torch.empty((1, *input_size), device='meta')
     total, _ = count_macs(probe, x)

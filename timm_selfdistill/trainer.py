@@ -18,7 +18,7 @@ from timm.data import Mixup, resolve_data_config
 from timm.models import split_model_name_tag
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import distribute_bn, unwrap_model, update_summary
+from timm.utils import distribute_bn, update_summary
 
 from .config import ConfigError, TrainConfig
 from .data import (
@@ -65,7 +65,7 @@ def _image_size(config: TrainConfig, cfg: Any, data: ImageData) -> int:
     own = cfg.input_size[-1]
     if config.img_size:
         return config.img_size
-    if cfg.fixed_input_size:
+    if cfg.fixed_input_size or config.backbone_pretrained:
         return own
     smallest = cfg.min_input_size[-1] if cfg.min_input_size else 32
     return min(own, max(smallest, *data.image_size))
@@ -317,8 +317,8 @@ class _Run:
         """Measure every exit on a part of the data, each process its share."""
         accelerator = self.accelerator
         distributed = accelerator.num_processes > 1
-        if distributed:  # batch norm's running averages differ between processes until they are averaged
-            distribute_bn(unwrap_model(self.task.trainable_module), accelerator.num_processes, reduce=True)
+        if distributed:  # each process has batch norm averages of its own slices until they are averaged
+            distribute_bn(self.model, accelerator.num_processes, reduce=True)
         batch_size = max(1, self.config.batch_size // accelerator.num_processes)
         loader = create_eval_loader(split, eval_transform(self.data_config), batch_size, **self._shared())
         with accelerator.autocast():
@@ -363,8 +363,7 @@ def train(config: TrainConfig) -> Path:
         (run.folder / 'args.yaml').write_text(
             yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False), encoding='utf-8')
     run.save()
-    costs = exit_costs(run.model, run.data_config['input_size'])
-    reporter.start(run.folder, run.data, run.data_config, run.model, costs, run.accelerator)
+    reporter.start(run.folder, run.data, run.data_config, run.model, run.accelerator)
     try:
         for epoch in range(config.epochs):
             started = time.perf_counter()
@@ -381,10 +380,9 @@ def train(config: TrainConfig) -> Path:
                     epoch, terms, _summary_metrics(run.model, metrics), run.folder / 'summary.csv', lr=rate)
             reporter.epoch(epoch, terms, metrics, watched.name, time.perf_counter() - started)
     except NonFiniteLossError as e:
-        epochs_done = epoch  # the one that failed does not count
+        kept = f'the end of epoch {epoch - 1}' if epoch else 'before training'
         raise NonFiniteLossError(
-            f'{e} {run.folder} keeps the weights from '
-            f'{f"the end of epoch {epochs_done - 1}" if epochs_done else "before training"}. '
+            f'{e} {run.folder} keeps the weights from {kept}. '
             f'A lower --lr, --clip-grad 1 or a longer --warmup-epochs may help.'
         ) from e
     _finish(run, reporter)
