@@ -176,8 +176,13 @@ def load_digits() -> datasets.DatasetDict:
 
 
 def _open(dataset: Optional[str], data_dir: Optional[str]) -> datasets.DatasetDict:
+    if data_dir is None and dataset in (None, DIGITS):
+        return load_digits()
     if data_dir is None:
-        return load_digits() if dataset in (None, DIGITS) else _as_dict(datasets.load_dataset(dataset))
+        try:
+            return _as_dict(datasets.load_dataset(dataset))
+        except (ConnectionError, FileNotFoundError) as e:
+            raise DataError(f'--dataset {dataset}: {e}. For files of your own pass --data-dir.') from e
     folder = Path(data_dir)
     if not folder.is_dir():
         raise DataError(f'--data-dir {data_dir}: no such folder.')

@@ -103,8 +103,8 @@ def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[s
         model = timm.create_model(name, **arguments)
         exit_costs(model, (config.in_chans, size, size))  # a forward pass on the meta device
     except (AssertionError, TypeError, ValueError, RuntimeError) as e:
-        given = {k: v for k, v in arguments.items() if v is not None}
-        raise ConfigError(f'--model {config.model} with {given} on images of {size}×{size}: {e}') from e
+        given = ', '.join(f'{k}={v}' for k, v in arguments.items() if v is not None)
+        raise ConfigError(f'--model {config.model}: {e} (with {given}; images of {size}×{size})') from e
     grey = config.in_chans == 1 and len(cfg.mean) != 1
     data_config = resolve_data_config(
         dict(
