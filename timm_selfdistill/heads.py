@@ -9,7 +9,7 @@ __all__ = ['BottleneckHead', 'EXIT_HEADS', 'create_exit_head']
 
 
 class BottleneckHead(nn.Module):
-    """The bottleneck and classifier of Be Your Own Teacher (Zhang et al., ICCV 2019, arXiv 1905.08094, Fig. 2).
+    """The bottleneck and classifier of Be Your Own Teacher (Zhang et al., ICCV 2019, arXiv 1905.08094).
 
     1×1 convolution to a narrow width, then a k×k convolution of stride k that brings the map to the resolution of the
     network's last stage, each with batch norm and ReLU; average pooling; linear classifier. The authors widen once

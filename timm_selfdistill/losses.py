@@ -17,15 +17,15 @@ def distillation_loss(
         temperature: float = 3.0,
         square_temperature: bool = True,
 ) -> torch.Tensor:
-    """Kullback-Leibler divergence KL(teacher ‖ student) of the softened class probabilities (Eq. 3).
+    """Kullback-Leibler divergence KL(teacher ‖ student) of the softened class probabilities.
 
     Args:
         student_logits: (N, num_classes).
         teacher_logits: (N, num_classes), taken as constant.
         temperature: Softens both sides.
         square_temperature: Multiply by the squared temperature, which keeps the gradient's size the same for every
-            temperature (Hinton et al., 2015). The paper's equations lack the factor, the authors' SCAN code has it,
-            their later code has not.
+            temperature (Hinton et al., 2015, arXiv 1503.02531). The authors' SCAN code has the factor, their later code
+            has not.
 
     Returns:
         Mean over the images, a scalar.
@@ -38,10 +38,10 @@ def distillation_loss(
 
 
 def hint_loss(student_features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance between feature vectors (Eq. 4).
+    """Mean squared distance between feature vectors, the hint.
 
-    The paper sums over the features; the authors' 5e-7 times the sum over 128 images of 512 features is 0.03 times
-    this mean, which unlike a sum does not change with the batch size.
+    The authors' code sums; its 5e-7 times the sum over 128 images of 512 features is 0.03 times this mean, which unlike
+    a sum does not change with the batch size.
 
     Args:
         student_features: (N, num_features).
@@ -64,7 +64,7 @@ def self_distillation_loss(
         hint_weight: float = 0.03,
         criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
 ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-    """The whole loss of Be Your Own Teacher (Eq. 5): the deepest exit teaches the shallow ones.
+    """The whole loss of Be Your Own Teacher: the deepest exit teaches the shallow ones.
 
         Σ_i (1-α)·CE(z_i, y) + α·KL(z_C ‖ z_i; T) + λ·mean (F_i − F_C)²  over the auxiliary exits, plus CE(z_C, y)
 

@@ -23,7 +23,7 @@ def ensemble_logits(logits: Sequence[torch.Tensor]) -> torch.Tensor:
 class ExitEvaluator(ClassificationEvaluator):
     """timm's evaluator (loss, top-1, top-5 from integer counts) with the expected calibration error added.
 
-    The calibration error (Guo et al., ICML 2017, arXiv 1706.04599, Eq. 3) is the mean distance between confidence and
+    The calibration error (Guo et al., ICML 2017, arXiv 1706.04599) is the mean distance between confidence and
     accuracy over equal bins of confidence, weighted by the images in a bin; reported in percent like the accuracies.
 
     Args:

@@ -113,7 +113,7 @@ class MultiExit(nn.Module):
             x: Images (N, C, H, W).
             upto: Number of the last exit wanted; the network runs no further. All exits when None.
             return_features: Also return the pooled vector that each exit's classifier sees. The deepest one comes
-                detached: in the paper's hint loss (Eq. 4) it is a target only.
+                detached: in the paper's hint loss it is a target only.
 
         Returns:
             Logits, each (N, num_classes), shallow to deep; with `return_features` also the features, each

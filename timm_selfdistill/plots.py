@@ -37,7 +37,7 @@ def plot_accuracy_against_compute(table: List[Dict[str, Any]], title: str, path:
             label=f'ensemble, {ensemble["top1"]:.2f} %',
         )
         axes.axhline(exits[-1]['top1'], color='grey', linewidth=0.8, linestyle=':', label='deepest exit')
-        axes.legend(loc='lower right')
+        figure.legend(loc='outside lower center', ncols=3, frameon=False)
     axes.margins(x=0.12, y=0.2)
     axes.set_xlabel('multiply-adds for one image, millions')
     axes.set_ylabel('top-1 accuracy, %')
