@@ -36,7 +36,7 @@ def test_args_yaml_repeats_a_run(tmp_path):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('epoch: 3', 'there is no setting epoch; did you mean epochs'),
+    ('epoch: 3', 'there is no setting epoch; the nearest names are epochs'),
     ('- 3', 'expected lines of "name: value"'),
     ('a: [', 'not YAML'),
 ])

@@ -197,6 +197,8 @@ def test_a_later_epoch_that_fails_keeps_the_last_good_one(tmp_path, monkeypatch)
     (dict(num_classes=7), ConfigError, '--num-classes 7: digits has 10 classes'),
     (dict(model_kwargs=('depth=3',)), ConfigError, "unexpected keyword argument 'depth'"),
     (dict(model='inception_v3', img_size=32, exits=None), ConfigError, '--model inception_v3: .*input.* of 32×32'),
+    (dict(opt='sdg'), ConfigError, '--opt sdg: timm has no such optimizer; the nearest names are .*sgd'),
+    (dict(mixup=0.5, batch_size=63), ConfigError, '--batch-size 63: mixup and cutmix pair images'),
     (dict(batch_size=2000), DataError, '--batch-size 2000 is more than the 1250 training images'),
     (dict(label_column='digit'), DataError, '--label-column digit: digits has no label column of that name'),
     (dict(data_dir='nowhere'), DataError, 'nowhere: no such folder'),

@@ -5,16 +5,22 @@ import dataclasses
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Literal, Optional, Sequence, Tuple
 
 import tyro
 import yaml
 
-__all__ = ['ConfigError', 'TrainConfig', 'parse_train_config']
+__all__ = ['ConfigError', 'TrainConfig', 'nearest', 'parse_train_config']
 
 
 class ConfigError(ValueError):
     """A setting cannot be used; the message names it and what is allowed."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Word a hint at the names closest to a mistyped one; empty if none comes close."""
+    close = difflib.get_close_matches(name, list(known), n=5)
+    return f'; the nearest names are {", ".join(close)}' if close else ''
 
 
 @dataclasses.dataclass
@@ -79,8 +85,8 @@ class TrainConfig:
     """Largest norm of the gradient."""
     layer_decay: Optional[float] = None
     """Factor of the learning rate from layer to layer."""
-    sched: str = 'cosine'
-    """timm's name of the schedule, set anew at every step."""
+    sched: Literal['cosine', 'tanh', 'poly', 'multistep', 'wsd', 'rsqrt', 'constant', 'none'] = 'cosine'
+    """timm's name of the schedule of the learning rate, which is set anew at every step."""
     warmup_epochs: int = 1
     """Epochs in which the learning rate rises."""
     warmup_lr: float = 1e-4
@@ -190,9 +196,7 @@ def _yaml_arguments(path: str) -> List[str]:
     for key, value in (settings or {}).items():
         name = str(key).replace('-', '_')
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=3)
-            hint = f'; did you mean {", ".join(close)}?' if close else '.'
-            raise ConfigError(f'--config {path}: there is no setting {key}{hint}')
+            raise ConfigError(f'--config {path}: there is no setting {key}{nearest(name, names)}.')
         option = f'--{name.replace("_", "-")}'
         if isinstance(value, bool):
             arguments.append(option if value else f'--no-{option[2:]}')

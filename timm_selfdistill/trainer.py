@@ -1,6 +1,5 @@
 """The training loop on Accelerate: one process or many, CPU or GPU."""
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -16,11 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from timm.data import Mixup, resolve_data_config
 from timm.models import split_model_name_tag
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn, update_summary
 
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, TrainConfig, nearest
 from .data import (
     ImageData,
     ImageSplit,
@@ -55,10 +54,8 @@ def resolve_model_name(model: str) -> Tuple[str, str]:
     base = base.removesuffix(SUFFIX)
     if timm.is_model(base + SUFFIX):
         return base + SUFFIX, tag
-    names = [name for name in timm.list_models() if not name.endswith(SUFFIX)]
-    close = difflib.get_close_matches(base, names, n=5)
-    hint = f'the nearest names are {", ".join(close)}' if close else 'timm.list_models() lists the names'
-    raise ConfigError(f'--model {model}: timm has no such model; {hint}.')
+    names = (name for name in timm.list_models() if not name.endswith(SUFFIX))
+    raise ConfigError(f'--model {model}: timm has no such model{nearest(base, names)}.')
 
 
 def _image_size(config: TrainConfig, cfg: Any, data: ImageData) -> int:
@@ -219,6 +216,9 @@ class _Run:
         model, self.data_config = build_model(config, self.data)
         self.task = build_task(config, model, self.device).to(self.device)
         self.loader = self._train_loader()
+        if config.opt not in list_optimizers():
+            raise ConfigError(
+                f'--opt {config.opt}: timm has no such optimizer{nearest(config.opt, list_optimizers())}.')
         self.optimizer = create_optimizer_v2(
             self.task.trainable_module,
             opt=config.opt,
@@ -245,6 +245,11 @@ class _Run:
         self.optimizer = accelerator.prepare(self.optimizer)
         self.mixup = None
         if config.mixup > 0 or config.cutmix > 0:
+            if config.batch_size // accelerator.num_processes % 2:
+                raise ConfigError(
+                    f'--batch-size {config.batch_size}: mixup and cutmix pair images and need an even number of them '
+                    f'in each of {accelerator.num_processes} processes.'
+                )
             self.mixup = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.num_classes)
         set_seed(config.seed + accelerator.process_index)  # from here on, dropout and mixup may differ by process
