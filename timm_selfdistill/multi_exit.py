@@ -126,7 +126,9 @@ class MultiExit(nn.Module):
         if not deepest:
             final, taps = None, take_taps(self.backbone, x, self.exits[:upto + 1])
         elif self.exits:
-            final, taps = self.backbone.forward_intermediates(x, indices=list(self.exits), output_fmt='NCHW')
+            # stop_early is said aloud because in some families it is the default
+            final, taps = self.backbone.forward_intermediates(
+                x, indices=list(self.exits), stop_early=False, output_fmt='NCHW')
         else:
             final, taps = self.backbone.forward_features(x), ()
         features = [head.forward_features(tap) for head, tap in zip(self.exit_heads, taps)]

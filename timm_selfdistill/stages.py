@@ -42,7 +42,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     """Copy a model in eval mode onto the meta device: its shapes without its memory, the original untouched."""
     memo: dict = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device='meta'), requires_grad=p.requires_grad)
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device='meta'), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device='meta')
     return copy.deepcopy(model, memo).to('meta').eval()
