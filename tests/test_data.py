@@ -106,16 +106,22 @@ def test_a_column_must_be_chosen_where_two_could_be_meant(tmp_path):
 
 def test_missing_columns_parts_and_folders_are_named(tmp_path):
     folder = write_parquet(tmp_path / 'a', train=make_table([0, 1] * 5).remove_columns('label'))
-    with pytest.raises(DataError, match='a has no label column; its columns are: img'):
+    with pytest.raises(DataError, match='a has no label column, which holds class labels or whole numbers; .*: img'):
         load_image_data(data_dir=folder)
     folder = write_parquet(tmp_path / 'b', train=make_table([0, 1] * 5).remove_columns('img'))
-    with pytest.raises(DataError, match='b has no image column; its columns are: label'):
+    with pytest.raises(DataError, match='b has no image column, which holds images; its columns are: label'):
         load_image_data(data_dir=folder)
     folder = write_parquet(tmp_path / 'c', test=make_table([0, 1] * 5))
     with pytest.raises(DataError, match='c has no part named train; its parts are: test'):
         load_image_data(data_dir=folder)
     with pytest.raises(DataError, match='--data-dir .*nowhere: no such folder'):
         load_image_data(data_dir=str(tmp_path / 'nowhere'))
+    (tmp_path / 'd').mkdir()
+    with pytest.raises(DataError, match=r'--data-dir .*/d \(read as imagefolder\): .*doesn.t contain any data files'):
+        load_image_data(data_dir=str(tmp_path / 'd'))
+    (tmp_path / 'd' / 'train.parquet').write_bytes(b'PAR1 and nothing more')
+    with pytest.raises(DataError, match=r'--data-dir .*/d \(read as parquet\): Parquet magic bytes'):
+        load_image_data(data_dir=str(tmp_path / 'd'))
     with pytest.raises(DataError, match='--val-fraction 1.5'):
         load_image_data(val_fraction=1.5)
 

@@ -29,9 +29,9 @@ def run(tmp_path_factory):
     kept = []
     original = trainer._finish
 
-    def finish(run, reporter):
+    def finish(run, *args):
         kept.append(run)
-        original(run, reporter)
+        original(run, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, '_finish', finish)

@@ -153,12 +153,17 @@ class TrainConfig:
                 arguments[key] = text
         return arguments
 
+    def settings(self) -> Dict[str, Any]:
+        """Return the settings as a dict of what YAML and JSON know, lists for tuples."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
     def check(self) -> None:
         """Raise ConfigError for the first number that is out of range."""
         at_least = dict(
             epochs=1, batch_size=1, lr=0, momentum=0, weight_decay=0, warmup_epochs=0, hint_weight=0, reprob=0, mixup=0,
             cutmix=0, smoothing=0, alpha=0, hflip=0, workers=0, num_classes=1, img_size=1, log_interval=1, seed=0,
-            model_ema_decay=0, color_jitter=0, drop=0, drop_path=0, min_lr=0,
+            model_ema_decay=0, color_jitter=0, drop=0, drop_path=0, min_lr=0, warmup_lr=0, decay_rate=0, clip_grad=0,
+            layer_decay=0,
         )
         at_most = dict(alpha=1, hflip=1, reprob=1, smoothing=1, model_ema_decay=1, drop=1, drop_path=1)
         for name, low in at_least.items():

@@ -178,20 +178,22 @@ def load_digits() -> datasets.DatasetDict:
 def _open(dataset: Optional[str], data_dir: Optional[str]) -> datasets.DatasetDict:
     if data_dir is None and dataset in (None, DIGITS):
         return load_digits()
-    if data_dir is None:
-        try:
-            return _as_dict(datasets.load_dataset(dataset))
-        except (ConnectionError, FileNotFoundError) as e:
-            raise DataError(f'--dataset {dataset}: {e}. For files of your own pass --data-dir.') from e
-    folder = Path(data_dir)
-    if not folder.is_dir():
+    folder = Path(data_dir) if data_dir is not None else None
+    if folder is not None and not folder.is_dir():
         raise DataError(f'--data-dir {data_dir}: no such folder.')
     if dataset is None:
         if (folder / 'dataset_dict.json').exists() or (folder / 'state.json').exists():
             return _as_dict(datasets.load_from_disk(data_dir))
         kinds = {p.suffix.lower() for p in folder.rglob('*') if p.is_file()}
         dataset = next((kind for kind in ('parquet', 'arrow') if f'.{kind}' in kinds), 'imagefolder')
-    return _as_dict(datasets.load_dataset(dataset, data_dir=data_dir))
+    try:
+        return _as_dict(datasets.load_dataset(dataset, data_dir=data_dir))
+    except (ConnectionError, FileNotFoundError, ValueError) as e:
+        reason = e
+    except datasets.exceptions.DatasetGenerationError as e:  # it only says that it failed, its cause says why
+        reason = e.__cause__ or e
+    place = f'--dataset {dataset}' if data_dir is None else f'--data-dir {data_dir} (read as {dataset})'
+    raise DataError(f'{place}: {reason}') from reason
 
 
 def _as_dict(opened: Any) -> datasets.DatasetDict:
@@ -209,7 +211,8 @@ def _pick_column(kind: str, candidates: List[str], columns: List[str], chosen: O
             )
         return chosen
     if not candidates:
-        raise DataError(f'{name} has no {kind} column; its columns are: {", ".join(columns)}.')
+        wanted = 'images' if kind == 'image' else 'class labels or whole numbers'
+        raise DataError(f'{name} has no {kind} column, which holds {wanted}; its columns are: {", ".join(columns)}.')
     if len(candidates) > 1:
         raise DataError(
             f'{name} has several {kind} columns: {", ".join(candidates)}. Pick one, for example '

@@ -1,5 +1,4 @@
 """Exit heads: from a feature map inside the network to logits."""
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -54,8 +53,9 @@ class BottleneckHead(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, in_chs, H, W) to the pooled vector (N, width) that the classifier sees."""
         x = self.reduce(x)
-        # zeros to the right and below, so that a map that the stride does not divide loses nothing
-        x = F.pad(x, (0, -x.shape[-1] % self.stride, 0, -x.shape[-2] % self.stride))
+        right, below = -x.shape[-1] % self.stride, -x.shape[-2] % self.stride
+        if right or below:  # a map that the stride does not divide would lose its edge
+            x = F.pad(x, (0, right, 0, below))
         return self.pool(self.down(x))
 
     def forward_head(self, features: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
     """
     source, _, rest = checkpoint.partition(':')
     path = Path(rest if source == 'local-dir' else checkpoint)
-    local = source == 'local-dir' or path.exists() or '/' in checkpoint and source != 'hf-hub'
+    local = source == 'local-dir' or (source != 'hf-hub' and (path.exists() or '/' in checkpoint))
     if local:
         for name in ('config.json', 'model.safetensors'):
             if not (path / name).is_file():

@@ -138,8 +138,15 @@ def exit_costs(
     return costs
 
 
-def exit_table(model: MultiExit, metrics: Dict[str, Dict[str, Any]], input_size=None) -> List[Dict[str, Any]]:
-    """Join costs and measurements: one dict an exit, the ensemble last, with `exit` (its name) and `stage`."""
+def exit_table(
+        model: MultiExit,
+        metrics: Dict[str, Dict[str, Any]],
+        input_size: Optional[Tuple[int, int, int]] = None,
+) -> List[Dict[str, Any]]:
+    """Join what `exit_costs` and `evaluate_exits` return: one dict an exit, the ensemble last.
+
+    Besides their fields a dict has `exit`, the exit's name, and `stage`, timm's name of the place it stands after.
+    """
     stages = [model.stages[i].module for i in (*model.exits, -1)] + ['all exits']
     costs = exit_costs(model, input_size)
     return [

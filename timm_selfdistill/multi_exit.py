@@ -9,14 +9,33 @@ from timm.models import get_model_input_config, group_parameters
 from .heads import create_exit_head
 from .stages import ExitSpec, Stage, choose_exits, find_stages, take_taps
 
-__all__ = ['MultiExit', 'ExitNetwork', 'add_exits']
+__all__ = ['SUFFIX', 'WEIGHT_KEYS', 'ExitNetwork', 'MultiExit', 'add_exits', 'nested_group_matcher']
+
+SUFFIX = '_sd'
 
 # Where weights of a pretrained cfg come from; a network that gained exits no longer is what lies there.
-_WEIGHT_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'custom_load')
+WEIGHT_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'custom_load')
 
 
 def _as_tuple(names: Union[None, str, List[str], Tuple[str, ...]]) -> Tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def nested_group_matcher(owner: nn.Module, child: str, coarse: bool) -> Callable[[str], int]:
+    """Return a matcher for layer-wise learning rates: the layers of one timm model, the rest of its owner the last.
+
+    Args:
+        owner: Module that holds the model.
+        child: Name of the model in it.
+        coarse: See timm's `group_matcher`.
+    """
+    model = getattr(owner, child)
+    layers = {
+        f'{child}.{name}': layer
+        for name, layer in group_parameters(model, model.group_matcher(coarse=coarse), reverse=True).items()
+    }
+    last = max(layers.values(), default=0)
+    return lambda name: layers.get(name, last)
 
 
 class MultiExit(nn.Module):
@@ -69,8 +88,8 @@ class MultiExit(nn.Module):
             ) for i in self.exits
         ).to(device=like.device, dtype=like.dtype)
 
-        cfg.update(architecture=f'{name}_sd', first_conv=getattr(backbone, '_traits', {}).get('first_conv'))
-        self.pretrained_cfg = {k: v for k, v in cfg.items() if k not in _WEIGHT_KEYS}
+        cfg.update(architecture=name + SUFFIX, first_conv=getattr(backbone, '_traits', {}).get('first_conv'))
+        self.pretrained_cfg = {k: v for k, v in cfg.items() if k not in WEIGHT_KEYS}
         self.default_cfg = self.pretrained_cfg
         self._model_args = getattr(backbone, '_model_args', {})
         first_conv = tuple(f'backbone.{n}' for n in _as_tuple(cfg['first_conv']))
@@ -211,7 +230,8 @@ class MultiExit(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Give every exit a fresh classifier for `num_classes` classes."""
-        self.backbone.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))
+        # not passed on as None, which some families take for no pooling
+        self.backbone.reset_classifier(num_classes, **({} if global_pool is None else dict(global_pool=global_pool)))
         for head in self.exit_heads:
             head.reset_classifier(num_classes)
 
@@ -236,9 +256,7 @@ class MultiExit(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Layers for layer-wise learning rates: the backbone's own, then one for all the exits' heads."""
-        layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse=coarse), reverse=True)
-        last = max(layers.values(), default=0)
-        return lambda name: layers.get(name[len('backbone.'):], last) if name.startswith('backbone.') else last
+        return nested_group_matcher(self, 'backbone', coarse)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)

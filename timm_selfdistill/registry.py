@@ -7,12 +7,10 @@ from typing import Any, Callable, Union
 import timm
 from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 
-from .multi_exit import MultiExit
+from .multi_exit import SUFFIX, WEIGHT_KEYS, MultiExit
 from .stages import ExitSpec
 
-__all__ = ['SUFFIX', 'register_all']
-
-SUFFIX = '_sd'
+__all__ = ['register_all']
 
 # timm.models.register_model looks here for the cfgs of the names that this module registers.
 default_cfgs = {}
@@ -78,10 +76,7 @@ def register_all() -> None:
             continue
         cfg = timm.get_pretrained_cfg(base) or PretrainedCfg()
         # everything but the weights: they are those of a network without exits
-        cfg = dataclasses.replace(
-            cfg, url=None, file=None, state_dict=None, hf_hub_id=None, hf_hub_filename=None, source=None,
-            architecture=None, tag=None, custom_load=False,
-        )
+        cfg = dataclasses.replace(cfg, architecture=None, **dict.fromkeys(WEIGHT_KEYS))
         default_cfgs[name] = DefaultCfg(tags=deque(['']), cfgs={'': cfg})
         create = _entrypoint(base)
         setattr(module, name, create)

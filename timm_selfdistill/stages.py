@@ -1,14 +1,14 @@
 """Where a network may be cut, and what it has cost up to there."""
 import copy
 from dataclasses import dataclass
-from typing import Any, Callable, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.models import get_model_input_config
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['Stage', 'find_stages', 'choose_exits', 'count_macs', 'meta_copy']
+__all__ = ['ExitSpec', 'Stage', 'choose_exits', 'count_macs', 'find_stages', 'meta_copy', 'take_taps']
 
 ExitSpec = Union[None, int, Sequence[int]]
 
@@ -55,15 +55,14 @@ def count_macs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Tuple[int, 
     return counter.get_total_flops() // 2, result  # a multiply-add is two floating point operations
 
 
-def find_stages(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> Tuple[Stage, ...]:
+def find_stages(model: nn.Module) -> Tuple[Stage, ...]:
     """Probe where a timm model may be cut.
 
-    The model's own `forward_intermediates` runs on the meta device, once up to each place, so that shapes and
-    multiply-adds are those of the real forward pass rather than of declared metadata.
+    The model's own `forward_intermediates` runs on the meta device, once up to each place and on the input size the
+    model was built for, so that shapes and multiply-adds are those of the real forward pass, not declared metadata.
 
     Args:
         model: A timm model with `feature_info` and `forward_intermediates`.
-        input_size: Channels, height and width of the input. The size the model was built for when None.
 
     Returns:
         The stages in network order.
@@ -76,9 +75,8 @@ def find_stages(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
             f'{type(model).__name__} cannot be given exits: it has no forward_intermediates() or feature_info. '
             f'Any model of timm >= 1.0.31 has both.'
         )
-    input_size = tuple(input_size or get_model_input_config(model)['input_size'])
     probe = meta_copy(model)
-    x = torch.empty((1, *input_size), device='meta')
+    x = torch.empty((1, *get_model_input_config(model)['input_size']), device='meta')
     total, _ = count_macs(probe, x)
     stages = []
     for index, info in enumerate(_feature_dicts(model)):
@@ -88,7 +86,7 @@ def find_stages(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = N
             index=index,
             module=info.get('module', ''),
             num_chs=tap.shape[1],
-            reduction=max(1, round(input_size[1] / height)),
+            reduction=max(1, round(x.shape[-2] / height)),
             size=(height, width),
             share=macs / max(total, 1),
         ))

@@ -4,12 +4,11 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.models import group_parameters
 from timm.task import TrainingTask, resolve_classification_loss
 from timm.utils import unwrap_model
 
 from .losses import self_distillation_loss
-from .multi_exit import MultiExit
+from .multi_exit import MultiExit, nested_group_matcher
 
 __all__ = ['SelfDistillationModule', 'SelfDistillationTask']
 
@@ -30,16 +29,14 @@ class SelfDistillationModule(nn.Module):
         self.model = model
         like = next(model.parameters())
         self.projections = nn.ModuleList(
-            nn.Linear(head.num_features, model.head_hidden_size) for head in model.exit_heads if hints
+            nn.Linear(head.num_features, model.head_hidden_size) for head in (model.exit_heads if hints else ())
         ).to(device=like.device, dtype=like.dtype)
 
     def no_weight_decay(self):
         return {f'model.{n}' for n in self.model.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
-        last = max(layers.values(), default=0)
-        return lambda name: layers.get(name[len('model.'):], last) if name.startswith('model.') else last
+        return nested_group_matcher(self, 'model', coarse)
 
     def forward(
             self,

@@ -1,5 +1,4 @@
 """The training loop on Accelerate: one process or many, CPU or GPU."""
-import dataclasses
 import json
 import math
 import os
@@ -31,9 +30,8 @@ from .data import (
 )
 from .hub import save_model, write_card
 from .metrics import evaluate_exits, exit_costs, exit_names, exit_table
-from .multi_exit import MultiExit
+from .multi_exit import SUFFIX, MultiExit
 from .plots import plot_accuracy_against_compute
-from .registry import SUFFIX
 from .report import Reporter
 from .tasks import SelfDistillationTask
 
@@ -366,7 +364,7 @@ def train(config: TrainConfig) -> Path:
     watched = run.data.validation or run.data.test
     if main:
         (run.folder / 'args.yaml').write_text(
-            yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False), encoding='utf-8')
+            yaml.safe_dump(config.settings(), sort_keys=False), encoding='utf-8')
     run.save()
     reporter.start(run.folder, run.data, run.data_config, run.model, run.accelerator)
     try:
@@ -390,30 +388,25 @@ def train(config: TrainConfig) -> Path:
             f'{e} {run.folder} keeps the weights from {kept}. '
             f'A lower --lr, --clip-grad 1 or a longer --warmup-epochs may help.'
         ) from e
-    _finish(run, reporter)
+    _finish(run, reporter, watched, metrics)
     return run.folder
 
 
-def _finish(run: _Run, reporter: Reporter) -> None:
-    """Measure the last epoch's weights once on each held-out part and write what describes them."""
+def _finish(run: _Run, reporter: Reporter, watched: ImageSplit, metrics: Dict[str, Dict[str, Any]]) -> None:
+    """Write what describes the last epoch's weights; those have been measured on the watched part already."""
     results = OrderedDict()
     for name, split in run.data.parts().items():
         if name != 'train':
-            results[name] = exit_table(run.model, run.evaluate(split), run.data_config['input_size'])
+            measured = metrics if split is watched else run.evaluate(split)
+            results[name] = exit_table(run.model, measured, run.data_config['input_size'])
     if run.accelerator.is_main_process:
         split, rows = list(results.items())[-1]
-        settings = _plain(dataclasses.asdict(run.config))
         (run.folder / 'results.json').write_text(json.dumps(results, indent=2), encoding='utf-8')
         title = f'{run.model.pretrained_cfg["architecture"]} on {run.data.name}, {split} part'
         plot_accuracy_against_compute(rows, title, run.folder / 'accuracy_vs_compute.png')
         write_card(
-            run.folder, run.model, rows, split, run.data.name, settings,
+            run.folder, run.model, rows, split, run.data.name, run.config.settings(),
             source=f'local-dir:{run.folder.name}', input_size=run.data_config['input_size'],
         )
         reporter.finish(run.folder, rows, split)
     run.accelerator.end_training()
-
-
-def _plain(settings: Dict[str, Any]) -> Dict[str, Any]:
-    """Replace tuples by lists, which is all that YAML and JSON know."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
