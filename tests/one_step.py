@@ -32,7 +32,7 @@ def main(path, arguments):
             processes=run.accelerator.num_processes, local_batch=len(images), terms=terms, grads=grads,
             metrics={part: {k: dict(v) for k, v in m.items()} for part, m in metrics.items()},
         ), path)
-    run.accelerator.end_training()
+    run.close()
 
 
 if __name__ == '__main__':

@@ -332,6 +332,15 @@ class _Run:
         if self.accelerator.is_main_process:
             save_model(self.model, self.folder, self.data_config, self.data.label_names)
 
+    def close(self) -> None:
+        """Let the processes part, all at once.
+
+        torch takes a process group down with Python's lock held and joins its threads. One that still has a tensor of
+        the last collective to give back to Python would wait for the lock for ever; waiting here lets them finish.
+        """
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
 
 def _summary_metrics(model: MultiExit, metrics: Dict[str, Dict[str, Any]]) -> 'OrderedDict[str, float]':
     """Flatten metrics into columns: timm's own for the deepest exit, then every exit's and the ensemble's."""
@@ -409,4 +418,4 @@ def _finish(run: _Run, reporter: Reporter, watched: ImageSplit, metrics: Dict[st
             source=f'local-dir:{run.folder.name}', input_size=run.data_config['input_size'],
         )
         reporter.finish(run.folder, rows, split)
-    run.accelerator.end_training()
+    run.close()
