@@ -4,12 +4,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timm_selfdistill.stages import Stage, choose_exits, count_macs, find_stages, meta_copy
+from timm_selfdistill.stages import Stage, choose_exits, count_macs, find_stages, meta_copy, take_taps
 
 
 def make_stages(shares, sizes=None):
     sizes = sizes or [8] * len(shares)
-    return [Stage(i, f's{i}', 8, 4, (size, size), share) for i, (share, size) in enumerate(zip(shares, sizes))]
+    return [
+        Stage(i, f's{i}', 8, 4, (size, size), share, round(share * 1e6))
+        for i, (share, size) in enumerate(zip(shares, sizes))
+    ]
 
 
 def test_stages_of_resnet18_match_a_hand_count():
@@ -21,6 +24,7 @@ def test_stages_of_resnet18_match_a_hand_count():
     layer4 = layer3 + (256 * 512 * 9 + 3 * 512 * 512 * 9 + 256 * 512) * 7 * 7
     total = layer4 + 512 * 1000
     assert [s.share for s in stages] == pytest.approx([m / total for m in (stem, layer1, layer2, layer3, layer4)])
+    assert [s.macs for s in stages] == [stem, layer1, layer2, layer3, layer4]
     assert [s.num_chs for s in stages] == [64, 64, 128, 256, 512]
     assert [s.reduction for s in stages] == [2, 4, 8, 16, 32]
     assert [s.size for s in stages] == [(n, n) for n in (112, 56, 28, 14, 7)]
@@ -29,18 +33,60 @@ def test_stages_of_resnet18_match_a_hand_count():
 @pytest.mark.parametrize('name, expected', [
     ('resnet18', (1, 2, 3)),  # layer1, layer2, layer3, as in the paper
     ('resnet50', (1, 2, 3)),
+    ('resnet152', (1, 2, 3)),
     ('wide_resnet50_2', (1, 2, 3)),
+    ('vgg16', (1, 2, 3)),  # six resolutions, 4 saves nothing: the last three that are left
     ('vit_tiny_patch16_224', (2, 5, 8)),  # quarters of twelve blocks
     ('convnext_atto', (0, 1, 2)),
     ('swin_tiny_patch4_window7_224', (0, 1, 2)),
+    ('nasnetalarge', (2, 3)),  # its first two places are stems
+    ('volo_d1_224', (0, 1, 2)),  # one change of resolution, then most of the compute
+    ('hrnet_w18_small', (3,)),  # all its maps come into being together, half of the compute before the end
+    ('crossvit_tiny_240', (3, 4)),  # two branches side by side
+    ('coat_tiny', (0,)),  # the rest is parallel
 ])
 def test_default_exits_stand_at_stage_boundaries(name, expected):
-    assert choose_exits(find_stages(timm.create_model(name))) == expected
+    with torch.device('meta'):
+        assert timm.create_model(f'{name}_sd').exits == expected
 
 
 def test_default_exits_leave_out_stems_and_exits_that_save_nothing():
     stages = make_stages([0.02, 0.3, 0.6, 0.97, 1.0], sizes=[64, 32, 16, 8, 4])
     assert choose_exits(stages) == (1, 2)
+
+
+def test_default_exits_count_their_heads():
+    stages = make_stages([0.2, 0.4, 0.6, 1.0], sizes=[32, 16, 8, 4])
+    assert choose_exits(stages) == (0, 1, 2)
+    # the first one would cost 0.2 + 0.2, as much as the second
+    assert choose_exits(stages, head_macs=lambda s: 200_000 if s.index == 0 else 0) == (1, 2)
+    # the last one would cost 0.6 + 0.36, which saves next to nothing
+    assert choose_exits(stages, head_macs=lambda s: 360_000 if s.index == 2 else 0) == (0, 1)
+
+
+def test_a_network_that_cannot_be_left_early_says_so(caplog):
+    stages = make_stages([0.01, 0.96, 0.97, 1.0], sizes=[32, 16, 8, 4])
+    assert choose_exits(stages, name='net') == ()
+    assert 'net gets no auxiliary exits' in caplog.text
+    assert choose_exits(stages, (0, 2)) == (0, 2)
+    assert choose_exits(stages, 2) == (0, 1)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.001, 1), st.integers(1, 64)), min_size=1, max_size=40),
+    st.integers(0, 300_000),
+)
+def test_default_exits_are_few_and_each_saves_something(steps, head):
+    total = sum(step for step, _ in steps)
+    shares = [sum(step for step, _ in steps[:i + 1]) / total for i in range(len(steps))]
+    stages = make_stages(shares, sizes=[size for _, size in steps])
+    exits = choose_exits(stages, head_macs=lambda s: head)
+    costs = [stages[i].share + head / 1e6 for i in exits]
+    assert len(exits) <= 3
+    assert all(a < b for a, b in zip(exits, exits[1:]))
+    assert all(stages[i].share >= 0.04 for i in exits)
+    assert all(cost <= 0.9501 for cost in costs)
+    assert all(a < b for a, b in zip(costs, costs[1:]))
 
 
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=40), st.data())
@@ -76,6 +122,30 @@ def test_even_steps_get_even_exits():
 def test_wrong_exits_are_refused(exits, message):
     with pytest.raises(ValueError, match=message):
         choose_exits(make_stages([0.2, 0.4, 0.6, 0.8, 1.0]), exits, 'net')
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext', 'hrnet_w18_small', 'ghostnet_050'])
+def test_a_stages_share_is_what_a_run_that_ends_there_costs(name):
+    with torch.device('meta'):
+        model = timm.create_model(name).eval()
+    x = torch.empty(1, *model.pretrained_cfg['input_size'], device='meta')
+    total, _ = count_macs(model, x)
+    for stage in find_stages(model):
+        macs, (tap,) = count_macs(take_taps, model, x, [stage.index])
+        assert stage.macs == macs
+        assert stage.share == macs / total
+        assert tap.shape[1:] == (stage.num_chs, *stage.size)
+
+
+def test_a_network_whose_grid_depends_on_values_is_probed_all_the_same():
+    with torch.device('meta'):
+        model = timm.create_model('gemma4_vit_167m')
+    stages = find_stages(model)
+    assert {s.size for s in stages} == {(48, 48)}
+    assert [s.share for s in stages] == sorted(s.share for s in stages)
+    steps = [b.macs - a.macs for a, b in zip(stages, stages[1:])]
+    assert len(stages) == 16
+    assert len(set(steps)) == 1, 'sixteen equal blocks'
 
 
 def test_probing_leaves_the_model_alone():

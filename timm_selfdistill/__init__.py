@@ -4,6 +4,7 @@ from .heads import EXIT_HEADS
 from .multi_exit import MultiExit, add_exits
 from .stages import Stage, choose_exits, find_stages
 from .version import __version__
+from .wrapper import checkpoint_filter_fn
 
 __all__ = [
     'EXIT_HEADS',
@@ -11,6 +12,7 @@ __all__ = [
     'Stage',
     '__version__',
     'add_exits',
+    'checkpoint_filter_fn',
     'choose_exits',
     'find_stages',
     'registry',

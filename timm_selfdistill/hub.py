@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
+import torch
 import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from timm.models import save_for_hf
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 
 from .config import ConfigError
 from .multi_exit import MultiExit
@@ -43,8 +45,16 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model_config = dict(label_names=list(label_names)) if label_names else None
+    tensors: Dict[str, torch.Tensor] = {}
+    storages = set()
+    for key, tensor in model.state_dict().items():
+        # a layer used in several places (CoaT) has several names, under each of which it is loaded again
+        shared = tensor.untyped_storage().data_ptr() in storages
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[key] = tensor.clone() if shared else tensor.contiguous()
     with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
-        save_for_hf(model, beside, model_config=model_config, safe_serialization=True, data_config=data_config)
+        save_file(tensors, Path(beside, 'model.safetensors'))
+        save_config_for_hf(model, Path(beside, 'config.json'), model_config=model_config, data_config=data_config)
         for name in ('model.safetensors', 'config.json'):
             os.replace(Path(beside, name), folder / name)
 

@@ -1,58 +1,37 @@
 """MultiExit: a timm network with auxiliary exits, behind timm's own model contract."""
 import copy
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.models import get_model_input_config, group_parameters
 
-from .heads import create_exit_head
-from .stages import ExitSpec, Stage, choose_exits, find_stages, take_taps
+from .exit_network import ExitNetwork
+from .heads import ExitHead, LinearHead, create_exit_head, head_settings
+from .stages import ExitSpec, Stage, choose_exits, count_macs, find_stages, take_taps
+from .wrapper import SUFFIX, BackboneWrapper, cfg_without_weights, model_name, names_tuple
 
-__all__ = ['SUFFIX', 'WEIGHT_KEYS', 'ExitNetwork', 'MultiExit', 'add_exits', 'nested_group_matcher']
-
-SUFFIX = '_sd'
-
-# Where weights of a pretrained cfg come from; a network that gained exits no longer is what lies there.
-WEIGHT_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'custom_load')
+__all__ = ['MultiExit', 'add_exits']
 
 
-def _as_tuple(names: Union[None, str, List[str], Tuple[str, ...]]) -> Tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names or ())
-
-
-def nested_group_matcher(owner: nn.Module, child: str, coarse: bool) -> Callable[[str], int]:
-    """Return a matcher for layer-wise learning rates: the layers of one timm model, the rest of its owner the last.
-
-    Args:
-        owner: Module that holds the model.
-        child: Name of the model in it.
-        coarse: See timm's `group_matcher`.
-    """
-    model = getattr(owner, child)
-    layers = {
-        f'{child}.{name}': layer
-        for name, layer in group_parameters(model, model.group_matcher(coarse=coarse), reverse=True).items()
-    }
-    last = max(layers.values(), default=0)
-    return lambda name: layers.get(name, last)
-
-
-class MultiExit(nn.Module):
+class MultiExit(BackboneWrapper):
     """A timm network with auxiliary exit heads at its stage boundaries (Zhang et al., ICCV 2019, arXiv 1905.08094).
 
     Called like the plain network it gives, bit for bit, what the plain network gives: the heads do not even run.
     `forward_exits` gives the logits of every exit. Exits are numbered from 0, shallow to deep; the last one is the
-    network's own classifier.
+    network's own classifier. An encoder, which has none, gets one on its pooled final features; what timm prunes as
+    its head (a projector, a fusion of its maps) goes.
 
     Args:
         backbone: A timm model. It is held, not copied, as `backbone`.
         exits: Where auxiliary exits stand, see `choose_exits`.
         exit_head: Kind of exit head, a name in `EXIT_HEADS`.
+        num_classes: Classes; as many as the backbone has when None.
 
     Attributes:
         backbone: The plain timm model.
         exits: Indices of `feature_info` after which the auxiliary exits stand.
+        exit_heads: Their heads, shallow to deep.
+        head: The deepest exit's classifier where the backbone has none of its own, else None.
         stages: Every place where the backbone may be cut.
         distilled_training: Whether `forward` gives all exits while training.
 
@@ -65,35 +44,37 @@ class MultiExit(nn.Module):
             backbone: nn.Module,
             exits: ExitSpec = None,
             exit_head: str = 'bottleneck',
+            num_classes: Optional[int] = None,
     ):
-        super().__init__()
-        if isinstance(backbone, MultiExit):
-            raise ValueError('This model already has exits; add exits to its .backbone instead.')
-        cfg = dict(getattr(backbone, 'pretrained_cfg', None) or {})
-        name = cfg.get('architecture') or type(backbone).__name__
+        super().__init__(backbone)
+        name = model_name(backbone)
+        if isinstance(backbone, BackboneWrapper):
+            raise ValueError(f'{name} already has exits; add exits to its .backbone instead.')
+        headless = hasattr(backbone, 'prune_intermediate_layers') and not hasattr(backbone, 'get_classifier')
+        if headless:
+            backbone.prune_intermediate_layers([len(backbone.feature_info) - 1], prune_norm=False, prune_head=True)
         self.stages: Tuple[Stage, ...] = find_stages(backbone)
-        self.exits = choose_exits(self.stages, exits, name)
+        settings = head_settings(backbone, self.stages)
+
+        def head_macs(stage: Stage) -> int:
+            with torch.device('meta'):
+                head = create_exit_head(exit_head, num_classes=0, **settings[stage.index])
+                return count_macs(head, torch.empty(1, stage.num_chs, *stage.size))[0]
+
+        self.exits = choose_exits(self.stages, exits, name, head_macs)
         self.exit_head = exit_head
         self.distilled_training = False
-        self.backbone = backbone
-        like = next(backbone.parameters())
-        last_height = self.stages[-1].size[0]
         self.exit_heads = nn.ModuleList(
-            create_exit_head(
-                exit_head,
-                in_chs=self.stages[i].num_chs,
-                num_classes=backbone.num_classes,
-                stride=max(1, self.stages[i].size[0] // last_height),
-                drop_rate=getattr(backbone, 'drop_rate', 0.),
-            ) for i in self.exits
-        ).to(device=like.device, dtype=like.dtype)
-
-        cfg.update(architecture=name + SUFFIX, first_conv=getattr(backbone, '_traits', {}).get('first_conv'))
-        self.pretrained_cfg = {k: v for k, v in cfg.items() if k not in WEIGHT_KEYS}
-        self.default_cfg = self.pretrained_cfg
-        self._model_args = getattr(backbone, '_model_args', {})
-        first_conv = tuple(f'backbone.{n}' for n in _as_tuple(cfg['first_conv']))
-        self._traits = dict(getattr(backbone, '_traits', {}), first_conv=first_conv or None)
+            create_exit_head(exit_head, num_classes=backbone.num_classes, **settings[i]) for i in self.exits
+        )
+        self.head: Optional[ExitHead] = None
+        if headless:
+            self.head = LinearHead(backbone.num_features, 0, settings[-1]['batch_norm'], settings[-1]['drop_rate'])
+        like = next(backbone.parameters())
+        self.exit_heads.to(device=like.device, dtype=like.dtype)
+        if num_classes is not None and num_classes != self.num_classes:
+            self.reset_classifier(num_classes)
+        self.pretrained_cfg = cfg_without_weights(backbone, name + SUFFIX)
 
     # -- exits --------------------------------------------------------------------------------------------------------
 
@@ -118,7 +99,7 @@ class MultiExit(nn.Module):
         """
         if self.training and self.distilled_training:
             return self.forward_exits(x)
-        return self.backbone(x)
+        return self.backbone(x) if self.head is None else self.forward_head(self.forward_features(x))
 
     def forward_exits(
             self,
@@ -145,21 +126,19 @@ class MultiExit(nn.Module):
         if not deepest:
             final, taps = None, take_taps(self.backbone, x, self.exits[:upto + 1])
         elif self.exits:
-            # stop_early is said aloud because in some families it is the default
-            final, taps = self.backbone.forward_intermediates(
-                x, indices=list(self.exits), stop_early=False, output_fmt='NCHW')
+            final, taps = take_taps(self.backbone, x, self.exits, with_final=True)
         else:
             final, taps = self.backbone.forward_features(x), ()
         features = [head.forward_features(tap) for head, tap in zip(self.exit_heads, taps)]
         logits = [head.forward_head(f) for head, f in zip(self.exit_heads, features)]
         if deepest:
-            logits.append(self.backbone.forward_head(final))
+            logits.append(self.forward_head(final))
         if not return_features:
             return logits
         if deepest:
             with torch.no_grad():
                 # detached as well: a view taken under no_grad still belongs to the graph of what it views
-                features.append(self.backbone.forward_head(final, pre_logits=True).detach())
+                features.append(self.forward_head(final, pre_logits=True).detach())
         return logits, features
 
     def truncate(self, k: int) -> nn.Module:
@@ -168,122 +147,87 @@ class MultiExit(nn.Module):
         Raises:
             ValueError: `k` is no exit of this model.
         """
-        if self._check_exit(k) == self.num_exits - 1:
+        if self._check_exit(k) < self.num_exits - 1:
+            return ExitNetwork(self.backbone, self.exit_heads[k], k, self.exits[k], model_name(self), self._model_args)
+        if self.head is None:
             return copy.deepcopy(self.backbone)
-        return ExitNetwork(self.backbone, self.exits[k], self.exit_heads[k])
+        network = copy.deepcopy(self)
+        network.exits, network.exit_heads = (), nn.ModuleList()
+        return network
 
     def _check_exit(self, k: int) -> int:
         if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < self.num_exits:
-            name = self.pretrained_cfg.get('architecture', 'this model')
-            raise ValueError(f'exit {k!r}: {name} has the exits 0 to {self.num_exits - 1}, the last being the deepest.')
+            last = self.num_exits - 1
+            raise ValueError(f'exit {k!r}: {model_name(self)} has the exits 0 to {last}, the last being the deepest.')
         return k
 
     # -- timm's model contract ----------------------------------------------------------------------------------------
 
     @property
     def num_classes(self) -> int:
-        return self.backbone.num_classes
+        return self.backbone.num_classes if self.head is None else self.head.num_classes
 
-    @property
-    def num_features(self) -> int:
-        return self.backbone.num_features
+    def classifiers(self) -> Tuple[str, ...]:
+        own = names_tuple((getattr(self.backbone, 'pretrained_cfg', None) or {}).get('classifier'))
+        deepest = [f'backbone.{n}' for n in own] if self.head is None else ['head.fc']
+        return (*(f'exit_heads.{i}.fc' for i in range(len(self.exits))), *deepest)
 
-    @property
-    def head_hidden_size(self) -> int:
-        return getattr(self.backbone, 'head_hidden_size', self.backbone.num_features)
-
-    @property
-    def in_chans(self) -> int:
-        return get_model_input_config(self.backbone)['input_size'][0]
-
-    @property
-    def feature_info(self):
-        return self.backbone.feature_info
-
-    @property
-    def pretrained_cfg(self) -> Dict[str, Any]:
-        return self._pretrained_cfg
-
-    @pretrained_cfg.setter
-    def pretrained_cfg(self, cfg: Dict[str, Any]) -> None:
-        # Changed in place: timm's load_pretrained() goes on with the dict that its builder assigned here, and adapts
-        # to other classes just those tensors which the cfg names.
-        backbone_cfg = getattr(self.backbone, 'pretrained_cfg', None) or {}
-        cfg['classifier'] = tuple(
-            [f'exit_heads.{i}.fc' for i in range(len(self.exits))] +
-            [f'backbone.{n}' for n in _as_tuple(backbone_cfg.get('classifier'))]
-        )
-        self._pretrained_cfg = cfg
-
-    @property
-    def _model_args(self) -> Dict[str, Any]:
-        """What rebuilds this model by `timm.create_model(name, **_model_args)`."""
-        args = {k: v for k, v in self._factory_args.items() if k != 'backbone_pretrained'}
-        return dict(args, exits=list(self.exits), exit_head=self.exit_head)
-
-    @_model_args.setter
-    def _model_args(self, args: Dict[str, Any]) -> None:
-        self._factory_args = dict(args)
+    def wrapper_args(self) -> Dict[str, Any]:
+        return dict(exits=list(self.exits), exit_head=self.exit_head)
 
     def get_classifier(self) -> nn.Module:
-        return self.backbone.get_classifier()
+        """Return the deepest exit's classifier."""
+        return self.backbone.get_classifier() if self.head is None else self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Give every exit a fresh classifier for `num_classes` classes."""
-        # not passed on as None, which some families take for no pooling
-        self.backbone.reset_classifier(num_classes, **({} if global_pool is None else dict(global_pool=global_pool)))
-        for head in self.exit_heads:
-            head.reset_classifier(num_classes)
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        return self.backbone.forward_features(x)
+        """Give every exit a fresh classifier for `num_classes` classes; the pooling is the deepest exit's."""
+        heads = list(self.exit_heads)
+        if self.head is not None:
+            heads.append(self.head)
+        elif global_pool is None:  # not passed on, some families take None for no pooling
+            self.backbone.reset_classifier(num_classes)
+        else:
+            self.backbone.reset_classifier(num_classes, global_pool=global_pool)
+            self.backbone._model_args = dict(getattr(self.backbone, '_model_args', {}), global_pool=global_pool)
+        like = next(self.backbone.parameters())
+        for head in heads:
+            head.reset_classifier(num_classes, device=like.device, dtype=like.dtype)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        return self.backbone.forward_head(x, pre_logits=pre_logits)
+        """Map the final features, as `forward_features` gives them, to the deepest exit's logits (N, num_classes)."""
+        if self.head is None:
+            return self.backbone.forward_head(x, pre_logits=pre_logits)
+        if x.ndim == 3:  # tokens
+            x = x.transpose(1, 2).unsqueeze(-1)
+        elif getattr(self.backbone, 'output_fmt', 'NCHW') == 'NHWC':
+            x = x.permute(0, 3, 1, 2)
+        features = self.head.forward_features(x)
+        return features if pre_logits else self.head.forward_head(features)
 
-    def forward_intermediates(self, x: torch.Tensor, **kwargs):
-        return self.backbone.forward_intermediates(x, **kwargs)
-
-    def prune_intermediate_layers(self, indices: Union[int, List[int]] = 1, **kwargs) -> List[int]:
-        """Prune the backbone as timm does; the exits go with what they stood on."""
-        kept = self.backbone.prune_intermediate_layers(indices, **kwargs)
-        self.exits, self.exit_heads = (), nn.ModuleList()
+    def prune_intermediate_layers(self, indices: Union[int, List[int]] = 1, *args: Any, **kwargs: Any) -> List[int]:
+        """Prune the backbone as timm does; the exits go, as the classifier does."""
+        kept = self.backbone.prune_intermediate_layers(indices, *args, **kwargs)
+        self.exits, self.exit_heads, self.head = (), nn.ModuleList(), None
+        self.stages = self.stages[:max(kept) + 1]
         return kept
 
-    def no_weight_decay(self) -> Set[str]:
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
-        return {f'backbone.{n}' for n in names}
+    @property
+    def set_input_size(self) -> Callable[..., None]:
+        """Change the size of the images, where the backbone can: see its own `set_input_size`."""
+        set_backbone = self.backbone.set_input_size  # raises AttributeError, so that hasattr() tells the truth
 
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layers for layer-wise learning rates: the backbone's own, then one for all the exits' heads."""
-        return nested_group_matcher(self, 'backbone', coarse)
+        def set_input_size(*args: Any, **kwargs: Any) -> None:
+            set_backbone(*args, **kwargs)
+            self.stages = find_stages(self.backbone)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
-
-
-class ExitNetwork(nn.Module):
-    """A network that ends at one exit, with nothing of the rest left in it. Made by `MultiExit.truncate`.
-
-    Args:
-        backbone: A timm model; copied, then pruned.
-        index: Index of `feature_info` after which it ends.
-        head: The exit's head; copied.
-    """
-
-    def __init__(self, backbone: nn.Module, index: int, head: nn.Module):
-        super().__init__()
-        self.index = index
-        self.num_classes = backbone.num_classes
-        self.backbone = copy.deepcopy(backbone)
-        self.backbone.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
-        self.head = copy.deepcopy(head)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images (N, C, H, W) to logits (N, num_classes)."""
-        return self.head(take_taps(self.backbone, x, [self.index])[0])
+        return set_input_size
 
 
-def add_exits(model: nn.Module, exits: ExitSpec = None, exit_head: str = 'bottleneck') -> MultiExit:
+def add_exits(
+        model: nn.Module,
+        exits: ExitSpec = None,
+        exit_head: str = 'bottleneck',
+        num_classes: Optional[int] = None,
+) -> MultiExit:
     """Give any timm model auxiliary exits; its weights stay as they are. See `MultiExit`."""
-    return MultiExit(model, exits=exits, exit_head=exit_head)
+    return MultiExit(model, exits=exits, exit_head=exit_head, num_classes=num_classes)

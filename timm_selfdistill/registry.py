@@ -2,13 +2,16 @@
 import dataclasses
 import sys
 from collections import deque
-from typing import Any, Callable, Union
+from typing import Any, Callable, Optional, Tuple, Union
 
 import timm
+import torch
+import torch.nn as nn
 from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 
-from .multi_exit import SUFFIX, WEIGHT_KEYS, MultiExit
+from .multi_exit import MultiExit
 from .stages import ExitSpec
+from .wrapper import SUFFIX, WEIGHT_KEYS, checkpoint_filter_fn
 
 __all__ = ['register_all']
 
@@ -21,9 +24,10 @@ def _create_multi_exit(
         pretrained: bool = False,
         exits: ExitSpec = None,
         exit_head: str = 'bottleneck',
+        truncate: Optional[int] = None,
         backbone_pretrained: Union[bool, str] = False,
         **kwargs: Any,
-) -> MultiExit:
+) -> nn.Module:
     """Build `<base>_sd`.
 
     Args:
@@ -31,12 +35,13 @@ def _create_multi_exit(
         pretrained: Load multi-exit weights.
         exits: Where auxiliary exits stand, see `choose_exits`.
         exit_head: Kind of exit head, a name in `EXIT_HEADS`.
+        truncate: Number of an exit; gives the network that ends there, see `MultiExit.truncate`.
         backbone_pretrained: Load timm's own weights into the backbone; a string picks their tag.
         **kwargs: What the base model takes.
 
     Raises:
         RuntimeError: `pretrained` where no multi-exit weights are published.
-        ValueError: `exits` or `exit_head` do not fit the network.
+        ValueError: `exits`, `exit_head`, `truncate` or `img_size` do not fit the network.
     """
     variant = base + SUFFIX
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -48,23 +53,63 @@ def _create_multi_exit(
         )
     tag = f'.{backbone_pretrained}' if isinstance(backbone_pretrained, str) else ''
     cache_dir = kwargs.get('cache_dir')
+    if kwargs.get('features_only') and 'out_indices' not in kwargs:
+        kwargs['out_indices'] = _default_out_indices(base)
 
-    def build(**model_args: Any) -> MultiExit:
-        backbone = timm.create_model(
-            base + tag, pretrained=bool(backbone_pretrained), cache_dir=cache_dir, **model_args)
-        return MultiExit(backbone, exits=exits, exit_head=exit_head)
+    def build(**model_args: Any) -> nn.Module:
+        try:
+            backbone = timm.create_model(
+                base + tag, pretrained=bool(backbone_pretrained), cache_dir=cache_dir, **model_args)
+        except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+            if 'img_size' not in model_args:
+                raise
+            raise ValueError(_refused_size(base, model_args['img_size'], error)) from error
+        model = MultiExit(backbone, exits=exits, exit_head=exit_head, num_classes=model_args.get('num_classes'))
+        return model if truncate is None else model.truncate(truncate)
 
-    return build_model_with_cfg(build, variant, pretrained, feature_cfg=dict(feature_cls='getter'), **kwargs)
+    return build_model_with_cfg(
+        build,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(feature_cls='getter'),
+        **kwargs,
+    )
 
 
-def _entrypoint(base: str) -> Callable[..., MultiExit]:
-    def create(pretrained: bool = False, **kwargs: Any) -> MultiExit:
+def _default_out_indices(base: str) -> Tuple[int, ...]:
+    """Ask the plain network which of its features timm gives by default with `features_only=True`."""
+    with torch.device('meta'):
+        return tuple(timm.create_model(base, features_only=True).feature_info.out_indices)
+
+
+def _refused_size(base: str, size: Any, error: Exception) -> str:
+    cfg = timm.get_pretrained_cfg(base)
+    own = '×'.join(str(n) for n in cfg.input_size[-2:])
+    if isinstance(error, TypeError) and 'img_size' in str(error):
+        return (
+            f'img_size={size!r}: {base} takes no img_size, it runs on images of any size (its own is {own}). '
+            f'Leave img_size out.'
+        )
+    return f'img_size={size!r}: {base} cannot be built for it (its own is {own}): {error}'
+
+
+def _entrypoint(base: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _create_multi_exit(base, pretrained, **kwargs)
 
     # under its own name in this module, so that pickle finds it as it finds timm's entry points
     create.__name__ = create.__qualname__ = base + SUFFIX
     create.__doc__ = f'{base} with auxiliary exits.'
     return create
+
+
+def _default_cfg(base: str) -> PretrainedCfg:
+    """Look the cfg up where the model's module declares it: timm.get_pretrained_cfg() would copy all of it, slowly."""
+    declared = getattr(sys.modules[timm.model_entrypoint(base).__module__], 'default_cfgs', {}).get(base)
+    if isinstance(declared, DefaultCfg):
+        return declared.default
+    return timm.get_pretrained_cfg(base) or PretrainedCfg()
 
 
 def register_all() -> None:
@@ -74,9 +119,8 @@ def register_all() -> None:
         name = base + SUFFIX
         if base.endswith(SUFFIX) or timm.is_model(name):
             continue
-        cfg = timm.get_pretrained_cfg(base) or PretrainedCfg()
         # everything but the weights: they are those of a network without exits
-        cfg = dataclasses.replace(cfg, architecture=None, **dict.fromkeys(WEIGHT_KEYS))
+        cfg = dataclasses.replace(_default_cfg(base), architecture=None, **dict.fromkeys(WEIGHT_KEYS))
         default_cfgs[name] = DefaultCfg(tags=deque(['']), cfgs={'': cfg})
         create = _entrypoint(base)
         setattr(module, name, create)

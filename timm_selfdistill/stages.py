@@ -1,21 +1,33 @@
 """Where a network may be cut, and what it has cost up to there."""
 import copy
-from dataclasses import dataclass
-from typing import Any, Callable, Sequence, Tuple, Union
+import logging
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Dict, List, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.models import get_model_input_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ['ExitSpec', 'Stage', 'choose_exits', 'count_macs', 'find_stages', 'meta_copy', 'take_taps']
+__all__ = ['ExitSpec', 'Stage', 'choose_exits', 'count_macs', 'feature_dicts', 'find_stages', 'meta_copy', 'take_taps']
+
+_logger = logging.getLogger(__name__)
 
 ExitSpec = Union[None, int, Sequence[int]]
 
-# An exit pays only between these shares of the forward MACs: before, little more than a stem has run and there is
-# nothing to classify with; after, there is nothing left to save.
-MIN_SHARE = 0.10
+# An exit pays only between these shares of the forward MACs, its head included in the upper one: before, little more
+# than a stem has run and there is nothing to classify with; after, there is nothing left to save. And it has to save
+# something against the next one.
+MIN_SHARE = 0.04
 MAX_SHARE = 0.95
+MIN_SAVING = 0.05
+DEFAULT_EXITS = 3  # Be Your Own Teacher cuts every network into four sections
+
+# Classes found to read the grid of their maps from values, which tensors on the meta device lack.
+_GRID_FROM_VALUES: Set[type] = set()
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,7 @@ class Stage:
         reduction: Input height over the map's height, rounded.
         size: Height and width of the map, in pixels.
         share: Part of the whole network's forward multiply-adds that has run once the map exists, 0 to 1.
+        macs: These multiply-adds, for one image.
     """
     index: int
     module: str
@@ -36,6 +49,7 @@ class Stage:
     reduction: int
     size: Tuple[int, int]
     share: float
+    macs: int
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -58,8 +72,8 @@ def count_macs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Tuple[int, 
 def find_stages(model: nn.Module) -> Tuple[Stage, ...]:
     """Probe where a timm model may be cut.
 
-    The model's own `forward_intermediates` runs on the meta device, once up to each place and on the input size the
-    model was built for, so that shapes and multiply-adds are those of the real forward pass, not declared metadata.
+    The model's own `forward_intermediates` runs on the meta device, on the input size the model was built for, so that
+    shapes and multiply-adds are those of the real forward pass, not declared metadata.
 
     Args:
         model: A timm model with `feature_info` and `forward_intermediates`.
@@ -68,7 +82,7 @@ def find_stages(model: nn.Module) -> Tuple[Stage, ...]:
         The stages in network order.
 
     Raises:
-        ValueError: The model has no `forward_intermediates` or no `feature_info`.
+        ValueError: The model has no `forward_intermediates` or no `feature_info`, or it refuses its own input size.
     """
     if not hasattr(model, 'forward_intermediates') or not getattr(model, 'feature_info', None):
         raise ValueError(
@@ -77,43 +91,120 @@ def find_stages(model: nn.Module) -> Tuple[Stage, ...]:
         )
     probe = meta_copy(model)
     x = torch.empty((1, *get_model_input_config(model)['input_size']), device='meta')
-    total, _ = count_macs(probe, x)
-    stages = []
-    for index, info in enumerate(_feature_dicts(model)):
-        macs, (tap,) = count_macs(take_taps, probe, x, [index])
-        height, width = tap.shape[-2:]
-        stages.append(Stage(
+    infos = feature_dicts(model)
+    try:
+        take_taps(probe, x, [0])
+    except RuntimeError as error:
+        if 'meta tensors' not in str(error):
+            raise
+        _GRID_FROM_VALUES.add(type(model))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, _AgeTracker(counter) as tracker:
+        final, taps = take_taps(probe, x, range(len(infos)), with_final=True)
+        if hasattr(probe, 'get_classifier'):  # encoders have none, and refuse forward_head()
+            probe.forward_head(final)
+    total = counter.get_total_flops() // 2
+    if len({tap.shape[-2:] for tap in taps}) == 1:
+        # One block after the other: what had run when a map came into being is what a run that ends there does.
+        macs_upto = [tracker.ages[tap] // 2 for tap in taps]
+    else:
+        # Hierarchical networks may finish more than the map needs before they stop, so each place is run by itself.
+        macs_upto = [count_macs(take_taps, probe, x, [index])[0] for index in range(len(infos))]
+    return tuple(
+        Stage(
             index=index,
             module=info.get('module', ''),
             num_chs=tap.shape[1],
-            reduction=max(1, round(x.shape[-2] / height)),
-            size=(height, width),
+            reduction=max(1, round(x.shape[-2] / tap.shape[-2])),
+            size=tuple(tap.shape[-2:]),
             share=macs / max(total, 1),
-        ))
-    return tuple(stages)
+            macs=macs,
+        ) for index, (info, tap, macs) in enumerate(zip(infos, taps, macs_upto))
+    )
 
 
-def _feature_dicts(model: nn.Module) -> Sequence[dict]:
+class _AgeTracker(TorchDispatchMode):
+    """Notes for every tensor how many operations had been counted when its values came into being.
+
+    Views, norms and whatever else costs nothing counted are as old as what they were made of: networks often normalise
+    and reshape the maps of all their blocks only at the very end.
+
+    Args:
+        counter: Counts the operations; entered before this one.
+    """
+
+    def __init__(self, counter: FlopCounterMode):
+        super().__init__()
+        self.counter = counter
+        self.ages = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = self.counter.get_total_flops()
+        out = func(*args, **(kwargs or {}))
+        age = self.counter.get_total_flops()
+        if age == before:
+            made_of = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            age = max((self.ages.get(t, 0) for t in made_of), default=0)
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.ages[t] = age
+        return out
+
+
+def feature_dicts(model: nn.Module) -> Sequence[Dict[str, Any]]:
+    """Return timm's `feature_info` of a model as dicts, whichever of its two forms it has."""
     info = model.feature_info
     return info if isinstance(info, (list, tuple)) else info.get_dicts()
 
 
-def take_taps(model: nn.Module, x: torch.Tensor, indices: Sequence[int]) -> Sequence[torch.Tensor]:
-    """Run a timm model no further than the last of `indices`; return the feature maps there, each (N, C, H, W)."""
-    return model.forward_intermediates(
-        x, indices=list(indices), stop_early=True, intermediates_only=True, output_fmt='NCHW')
+def take_taps(
+        model: nn.Module,
+        x: torch.Tensor,
+        indices: Sequence[int],
+        with_final: bool = False,
+) -> Union[List[torch.Tensor], Tuple[Any, List[torch.Tensor]]]:
+    """Run a timm model no further than the last of `indices`, or to its end.
+
+    Args:
+        model: A timm model.
+        x: Images (N, C, H, W).
+        indices: Indices of `feature_info`, increasing.
+        with_final: Run to the end.
+
+    Returns:
+        The feature maps at `indices`, each (N, C, H, W); with `with_final` the final features, as `forward_head` takes
+        them, and the maps.
+    """
+    # stop_early is said aloud because in some families it is the default
+    kwargs = dict(indices=list(indices), stop_early=not with_final, intermediates_only=not with_final)
+    if not (x.is_meta and type(model) in _GRID_FROM_VALUES):
+        return model.forward_intermediates(x, output_fmt='NCHW', **kwargs)
+    # its tokens and their declared reduction say as much
+    out = model.forward_intermediates(x, output_fmt='NLC', **kwargs)
+    final, taps = out if with_final else (None, out)
+    reductions = [feature_dicts(model)[i]['reduction'] for i in indices]
+    taps = [
+        tap.transpose(1, 2).unflatten(2, (x.shape[-2] // r, x.shape[-1] // r)) for tap, r in zip(taps, reductions)
+    ]
+    return (final, taps) if with_final else taps
 
 
-def choose_exits(stages: Sequence[Stage], exits: ExitSpec = None, name: str = 'this model') -> Tuple[int, ...]:
+def choose_exits(
+        stages: Sequence[Stage],
+        exits: ExitSpec = None,
+        name: str = 'this model',
+        head_macs: Callable[[Stage], int] = lambda stage: 0,
+) -> Tuple[int, ...]:
     """Choose the stages after which auxiliary exits stand.
 
     Args:
         stages: What `find_stages` returned.
-        exits: None takes the last stage of each resolution but the deepest, as Be Your Own Teacher does (for a
-            ResNet: layer1, layer2, layer3), or for networks of one resolution, such as ViTs, the quarters of the
-            compute. An int asks for that many exits spread evenly over the compute. A sequence names indices of
-            `feature_info` and is taken as it is; an empty one means no auxiliary exit.
+        exits: None takes the last stage of each resolution but the deepest, as Be Your Own Teacher does, at most the
+            paper's three (for a ResNet: layer1, layer2, layer3), or for networks of one resolution, such as ViTs, the
+            quarters of the compute; no exit where little more than a stem has run, none that saves next to nothing
+            against the next. An int asks for that many exits spread evenly over the compute. A sequence names indices
+            of `feature_info` and is taken as it is; an empty one means no auxiliary exit.
         name: What to call the model in errors.
+        head_macs: Gives the multiply-adds of an exit head after a stage.
 
     Returns:
         Increasing indices into `stages`.
@@ -123,15 +214,22 @@ def choose_exits(stages: Sequence[Stage], exits: ExitSpec = None, name: str = 't
     """
     last = len(stages) - 1
     if exits is None:
-        ends = [a.index for a, b in zip(stages, stages[1:]) if a.size != b.size]
-        ends = [i for i in ends if MIN_SHARE <= stages[i].share <= MAX_SHARE]
-        return tuple(ends) if ends else _spread(stages, min(3, last))
+        worthy = _worthy(stages, head_macs)
+        ends = [s for s in worthy if stages[s.index + 1].size != s.size]
+        chosen = _boundaries(ends, worthy) if ends else _spread(worthy, min(DEFAULT_EXITS, len(worthy)))
+        if not chosen:
+            _logger.warning(
+                f'{name} gets no auxiliary exits: no place to leave it early has run {MIN_SHARE:.0%} of its '
+                f'multiply-adds and saves {1 - MAX_SHARE:.0%} of them. Name indices, such as exits=(1, 2), to insist.'
+            )
+        return tuple(chosen)
     if isinstance(exits, bool) or not isinstance(exits, (int, list, tuple)):
         raise ValueError(f'exits={exits!r}: expected None, a number of exits, or indices such as (1, 2).')
     if isinstance(exits, int):
         if not 0 <= exits <= last:
             raise ValueError(f'exits={exits}: {name} has {len(stages)} stages, so 0 to {last} auxiliary exits.')
-        return _spread(stages, exits)
+        worthy = _worthy(stages, head_macs)
+        return tuple(_spread(worthy if len(worthy) >= exits else stages[:-1], exits))
     exits = tuple(exits)
     if any(isinstance(i, bool) or not isinstance(i, int) for i in exits):
         raise ValueError(f'exits={exits!r}: expected whole numbers, indices of feature_info.')
@@ -146,12 +244,45 @@ def choose_exits(stages: Sequence[Stage], exits: ExitSpec = None, name: str = 't
     return exits
 
 
-def _spread(stages: Sequence[Stage], count: int) -> Tuple[int, ...]:
-    """Pick `count` stages, never the last, whose shares are closest to even steps of the compute."""
-    chosen: list = []
+def _worthy(stages: Sequence[Stage], head_macs: Callable[[Stage], int]) -> List[Stage]:
+    """Keep the stages after which an exit has something to go by and costs less than all the exits that come later.
+
+    The head counts into the shares of the stages returned. Where it is dear, as on large maps of small networks, or
+    where branches run side by side, a shallow exit may cost more than a deeper one.
+    """
+    worthy: List[Stage] = []
+    least = MAX_SHARE
+    for stage in reversed(stages[:-1]):
+        cost = stage.share * (1 + head_macs(stage) / max(stage.macs, 1))
+        if stage.share >= MIN_SHARE and cost < least:
+            worthy.insert(0, replace(stage, share=cost))
+            least = cost
+    return worthy
+
+
+def _boundaries(ends: Sequence[Stage], worthy: Sequence[Stage]) -> List[int]:
+    """Pick the deepest ends of a resolution, then other stages halfway into what is left; return their indices."""
+    chosen: List[Stage] = []
+    for stage in reversed(ends):
+        if len(chosen) < DEFAULT_EXITS and all(c.share - stage.share >= MIN_SAVING for c in chosen):
+            chosen.append(stage)
+    while len(chosen) < DEFAULT_EXITS:
+        # some networks spend most of their compute after their last change of resolution
+        taken = [0., 1., *(c.share for c in chosen)]
+        best = max(worthy, key=lambda s: min(abs(s.share - t) for t in taken))
+        if min(abs(best.share - t) for t in taken) < MIN_SAVING:
+            break
+        chosen.append(best)
+    return sorted(c.index for c in chosen)
+
+
+def _spread(stages: Sequence[Stage], count: int) -> List[int]:
+    """Pick `count` of the stages whose shares are closest to even steps of the compute; return their indices."""
+    chosen: List[int] = []
+    lowest = 0
     for step in range(1, count + 1):
-        lowest = chosen[-1] + 1 if chosen else 0
-        highest = len(stages) - 1 - (count - step)  # leave a stage for each exit still to come
-        candidates = range(lowest, highest)
-        chosen.append(min(candidates, key=lambda i: abs(stages[i].share - step / (count + 1))))
-    return tuple(chosen)
+        highest = len(stages) - (count - step)  # leave a stage for each exit still to come
+        best = min(range(lowest, highest), key=lambda i: abs(stages[i].share - step / (count + 1)))
+        chosen.append(stages[best].index)
+        lowest = best + 1
+    return chosen

@@ -8,7 +8,8 @@ from timm.task import TrainingTask, resolve_classification_loss
 from timm.utils import unwrap_model
 
 from .losses import self_distillation_loss
-from .multi_exit import MultiExit, nested_group_matcher
+from .multi_exit import MultiExit
+from .wrapper import nested_group_matcher
 
 __all__ = ['SelfDistillationModule', 'SelfDistillationTask']
 

@@ -30,10 +30,11 @@ from .data import (
 )
 from .hub import save_model, write_card
 from .metrics import evaluate_exits, exit_costs, exit_names, exit_table
-from .multi_exit import SUFFIX, MultiExit
+from .multi_exit import MultiExit
 from .plots import plot_accuracy_against_compute
 from .report import Reporter
 from .tasks import SelfDistillationTask
+from .wrapper import SUFFIX
 
 __all__ = ['NonFiniteLossError', 'resolve_model_name', 'train']
 

@@ -1,0 +1,128 @@
+#!/usr/bin/env python
+"""Compare the speed and size of multi-exit networks with plain and hand-cut ones: `python recipes/benchmark.py`.
+
+Machines are noisy, so every figure is a ratio: both networks run in turn in the same process, again and again, and the
+median of the ratios and their spread are told.
+"""
+import dataclasses
+import json
+import platform
+import statistics
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch.utils.benchmark import Timer
+
+from timm_selfdistill.launch import run_command
+from timm_selfdistill.stages import count_macs, meta_copy
+
+
+@dataclasses.dataclass
+class BenchmarkConfig:
+    """Compare multi-exit networks at inference with the plain backbone and with networks cut by hand."""
+
+    models: Tuple[str, ...] = ('resnet50', 'vit_small_patch16_224', 'convnext_tiny', 'efficientnet_b0')
+    """Names of timm models."""
+    batch_size: int = 8
+    """Images at a time."""
+    rounds: int = 31
+    """Times that each pair is compared."""
+    device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
+    """Where to compute."""
+    output: Optional[Path] = None
+    """Write the figures to this JSON file as well."""
+
+
+class HandCut(nn.Module):
+    """What one would write without this package: timm's pruning and the same head."""
+
+    def __init__(self, backbone: nn.Module, index: int, head: nn.Module):
+        super().__init__()
+        backbone.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
+        self.backbone = backbone
+        self.index = index
+        self.head = head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = self.backbone.forward_intermediates(
+            x, indices=[self.index], stop_early=True, intermediates_only=True, output_fmt='NCHW')
+        return self.head(maps[-1])
+
+
+def paired_ratio(ours: Callable, rival: Callable, x: torch.Tensor, rounds: int) -> Dict[str, float]:
+    """Time two callables in turn; return the median of ours over the rival's, and the middle half of the ratios."""
+    timers = [Timer('f(x)', globals=dict(f=f, x=x), num_threads=torch.get_num_threads()) for f in (ours, rival)]
+    for timer in timers:
+        timer.timeit(2)
+    ratios = []
+    for turn in range(rounds):
+        # who goes first changes, so that a drift of the machine's speed favours neither
+        order = (0, 1, 1, 0) if turn % 2 else (1, 0, 0, 1)
+        seconds = [0., 0.]
+        for i in order:
+            seconds[i] += timers[i].timeit(1).mean
+        ratios.append(seconds[0] / seconds[1])
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return dict(ratio=median, low=low, high=high)
+
+
+def size(network: nn.Module, input_size: Tuple[int, int, int]) -> Tuple[int, int]:
+    """Count the parameters of a network, and its multiply-adds for one image."""
+    macs, _ = count_macs(meta_copy(network), torch.empty(1, *input_size, device='meta'))
+    return sum(p.numel() for p in network.parameters()), macs
+
+
+@torch.inference_mode()
+def compare(name: str, config: BenchmarkConfig) -> List[Dict[str, Any]]:
+    """Measure one network against its plain backbone, and each truncated one against the same cut by hand."""
+    model = timm.create_model(f'{name}_sd').eval().to(config.device)
+    input_size = model.pretrained_cfg['input_size']
+    x = torch.randn(config.batch_size, *input_size, device=config.device)
+    pairs: List[Tuple[str, nn.Module, str, nn.Module]] = [('MultiExit', model, 'plain backbone', model.backbone)]
+    for k, index in enumerate(model.exits):
+        plain = timm.create_model(name).eval().to(config.device)
+        plain.load_state_dict(model.backbone.state_dict())
+        pairs.append((f'truncate({k})', model.truncate(k), 'cut by hand', HandCut(plain, index, model.exit_heads[k])))
+    rows = []
+    for ours_name, ours, rival_name, rival in pairs:
+        if not torch.equal(ours(x), rival(x)):
+            raise RuntimeError(f'{name}: {ours_name} and {rival_name} disagree, so their speed compares nothing.')
+        row = dict(model=name, ours=ours_name, rival=rival_name, **paired_ratio(ours, rival, x, config.rounds))
+        # the auxiliary heads do not run in a plain forward pass, but they are there
+        row.update(zip(('params', 'macs'), size(ours, input_size)))
+        row.update(zip(('rival_params', 'rival_macs'), size(rival, input_size)))
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    config = tyro.cli(BenchmarkConfig)
+    console = Console()
+    table = Table(title=f'inference on {config.device}, batches of {config.batch_size}, {config.rounds} rounds')
+    for column in ('model', 'ours', 'rival', 'time ratio', 'middle half', 'params', 'rival', 'MACs', 'rival'):
+        table.add_column(column)
+    rows = []
+    for name in config.models:
+        for row in compare(name, config):
+            rows.append(row)
+            table.add_row(
+                row['model'], row['ours'], row['rival'], f'{row["ratio"]:.3f}', f'{row["low"]:.3f} to {row["high"]:.3f}',
+                *(f'{row[key]:,}' for key in ('params', 'rival_params', 'macs', 'rival_macs')),
+            )
+    console.print(table)
+    if config.output:
+        where = torch.cuda.get_device_name() if config.device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
+        machine = dict(torch=torch.__version__, timm=timm.__version__, python=platform.python_version(), device=where)
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        settings = dict(batch_size=config.batch_size, rounds=config.rounds)
+        config.output.write_text(json.dumps(dict(machine=machine, settings=settings, rows=rows), indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    run_command(main)
