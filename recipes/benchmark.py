@@ -112,7 +112,8 @@ def main() -> None:
         for row in compare(name, config):
             rows.append(row)
             table.add_row(
-                row['model'], row['ours'], row['rival'], f'{row["ratio"]:.3f}', f'{row["low"]:.3f} to {row["high"]:.3f}',
+                row['model'], row['ours'], row['rival'],
+                f'{row["ratio"]:.3f}', f'{row["low"]:.3f} to {row["high"]:.3f}',
                 *(f'{row[key]:,}' for key in ('params', 'rival_params', 'macs', 'rival_macs')),
             )
     console.print(table)

@@ -25,8 +25,8 @@ from timm_selfdistill.wrapper import SUFFIX
 
 NUM_CLASSES = 1000
 FIELDS = (
-    'name', 'class', 'input_size', 'stages', 'exits', 'modules', 'stage_shares', 'exit_shares', 'params', 'params_added',
-    'exit_params', 'problem',
+    'name', 'class', 'input_size', 'stages', 'exits', 'modules', 'stage_shares', 'exit_shares',
+    'params', 'params_added', 'exit_params', 'problem',
 )
 
 
@@ -96,7 +96,8 @@ def main() -> None:
         writer.writerows(rows)
     failed = [row for row in rows if not row['class']]
     without = [row for row in rows if row['class'] and not row['exits']]
-    print(f'{len(rows)} models, {len(rows) - len(failed)} built and run, {len(without)} of them without auxiliary exits')
+    built = len(rows) - len(failed)
+    print(f'{len(rows)} models, {built} built and run, {len(without)} of them without auxiliary exits')
     for row in failed + without:
         print(f'{row["name"]}: {row["problem"]}')
     if failed:

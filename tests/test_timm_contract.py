@@ -55,8 +55,8 @@ def test_its_backbone_has_the_plain_networks_keys():
 def test_it_can_be_made_for_other_images_and_classes(create):
     model = create(num_classes=6, in_chans=2).eval()
     assert model.num_classes == 6
-    assert [z.shape for z in all_logits(model, images_for(model))] == [(2, 6)] * len(all_logits(model, images_for(model)))
-    assert len(images_for(model)[0]) == 2
+    assert model.in_chans == 2
+    assert {z.shape for z in all_logits(model, images_for(model))} == {(2, 6)}
 
 
 def test_it_can_do_without_a_classifier_and_get_one_again(create):
@@ -196,3 +196,22 @@ def test_an_image_size_that_the_backbone_refuses(size, message):
     size = dict(size)
     with pytest.raises(ValueError, match=message):
         timm.create_model(size.pop('name'), **size)
+
+
+@pytest.mark.parametrize('name, shape, message', [
+    ('vit_tiny_patch16_224_sd', (3, 99, 99), r'vit_tiny\S+_sd cannot take images of 3×99×99.*3×224×224: Input'),
+    ('levit_128s_sd', (3, 160, 160), r'levit_128s_sd cannot take images of 3×160×160.*built for 3×224×224: '),
+    ('test_resnet_sd', (1, 64, 64), r'test_resnet_sd cannot take images of 1×64×64.*built for 3×160×160: .*channels'),
+])
+def test_images_that_the_backbone_refuses(name, shape, message):
+    model = timm.create_model(name).eval()
+    x = torch.randn(1, *shape)
+    for call in (model, model.forward_exits, lambda x: model.forward_exits(x, upto=0), model.truncate(0)):
+        with pytest.raises(ValueError, match=message):
+            call(x)
+
+
+def test_other_failures_are_left_as_they_are():
+    model = timm.create_model('test_resnet_sd').eval()
+    with pytest.raises(RuntimeError, match='dtype|type'):
+        model(torch.zeros(1, 3, 160, 160, dtype=torch.float64))

@@ -88,8 +88,16 @@ class ExitNetwork(BackboneWrapper):
         self.head.reset_classifier(num_classes, device=like.device, dtype=like.dtype)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images (N, C, H, W) to the feature map that the exit's head takes (N, C, H, W)."""
-        return take_taps(self.backbone, x, [self.stage])[0]
+        """Map images (N, C, H, W) to the feature map that the exit's head takes (N, C, H, W).
+
+        Raises:
+            ValueError: The backbone does not take images of this shape.
+        """
+        try:
+            return take_taps(self.backbone, x, [self.stage])[0]
+        except (AssertionError, RuntimeError) as error:
+            self.explain_refusal(x, error)
+            raise
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Map the feature map to logits (N, num_classes), or to what the classifier sees (N, num_features)."""

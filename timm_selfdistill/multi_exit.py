@@ -96,10 +96,17 @@ class MultiExit(BackboneWrapper):
         Returns:
             Logits of the deepest exit (N, num_classes). In training mode after `set_distilled_training()` the list of
             all exits' logits instead, shallow to deep.
+
+        Raises:
+            ValueError: The backbone does not take images of this shape.
         """
         if self.training and self.distilled_training:
             return self.forward_exits(x)
-        return self.backbone(x) if self.head is None else self.forward_head(self.forward_features(x))
+        try:
+            return self.backbone(x) if self.head is None else self.forward_head(self.forward_features(x))
+        except (AssertionError, RuntimeError) as error:
+            self.explain_refusal(x, error)
+            raise
 
     def forward_exits(
             self,
@@ -120,15 +127,19 @@ class MultiExit(BackboneWrapper):
             (N, num_features of that exit).
 
         Raises:
-            ValueError: `upto` is no exit of this model.
+            ValueError: `upto` is no exit of this model, or the backbone does not take images of this shape.
         """
         deepest = self._check_exit(self.num_exits - 1 if upto is None else upto) == self.num_exits - 1
-        if not deepest:
-            final, taps = None, take_taps(self.backbone, x, self.exits[:upto + 1])
-        elif self.exits:
-            final, taps = take_taps(self.backbone, x, self.exits, with_final=True)
-        else:
-            final, taps = self.backbone.forward_features(x), ()
+        try:
+            if not deepest:
+                final, taps = None, take_taps(self.backbone, x, self.exits[:upto + 1])
+            elif self.exits:
+                final, taps = take_taps(self.backbone, x, self.exits, with_final=True)
+            else:
+                final, taps = self.backbone.forward_features(x), ()
+        except (AssertionError, RuntimeError) as error:
+            self.explain_refusal(x, error)
+            raise
         features = [head.forward_features(tap) for head, tap in zip(self.exit_heads, taps)]
         logits = [head.forward_head(f) for head, f in zip(self.exit_heads, features)]
         if deepest:

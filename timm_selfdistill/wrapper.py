@@ -83,6 +83,22 @@ class BackboneWrapper(nn.Module):
         super().__init__()
         self.backbone = backbone
 
+    def explain_refusal(self, x: torch.Tensor, error: Exception) -> None:
+        """Say of images (N, C, H, W) on which the backbone failed which ones it takes, if it is their shape.
+
+        Raises:
+            ValueError: Their channels or size are not those that the backbone was built for.
+        """
+        config = get_model_input_config(self.backbone)
+        given, own = tuple(x.shape[1:]), tuple(config['input_size'])
+        # networks without a fixed size assert what they need of it; any other error is about something else
+        about_shape = isinstance(error, AssertionError) or config['fixed_input_size'] or given[:1] != own[:1]
+        if given != own and about_shape and not isinstance(error, torch.OutOfMemoryError):
+            raise ValueError(
+                f'{model_name(self)} cannot take images of {"×".join(map(str, given))} (channels, height, width), it '
+                f'was built for {"×".join(map(str, own))}: {error}'
+            ) from error
+
     def classifiers(self) -> Tuple[str, ...]:
         """Names of the layers whose shape depends on the number of classes."""
         raise NotImplementedError
