@@ -8,6 +8,8 @@ import dataclasses
 import json
 import platform
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -101,6 +103,16 @@ def compare(name: str, config: BenchmarkConfig) -> List[Dict[str, Any]]:
     return rows
 
 
+def import_seconds(rounds: int) -> Dict[str, float]:
+    """Time `import timm_selfdistill` after `import timm` in fresh processes: median and middle half, in seconds."""
+    code = (
+        'import time, timm; start = time.perf_counter(); import timm_selfdistill; print(time.perf_counter() - start)'
+    )
+    seconds = [float(subprocess.check_output([sys.executable, '-W', 'ignore', '-c', code])) for _ in range(rounds)]
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return dict(seconds=median, low=low, high=high)
+
+
 def main() -> None:
     config = tyro.cli(BenchmarkConfig)
     console = Console()
@@ -117,12 +129,14 @@ def main() -> None:
                 *(f'{row[key]:,}' for key in ('params', 'rival_params', 'macs', 'rival_macs')),
             )
     console.print(table)
+    imported = import_seconds(11)
+    console.print('import timm_selfdistill after timm: {seconds:.3f} s ({low:.3f} to {high:.3f})'.format(**imported))
     if config.output:
         where = torch.cuda.get_device_name() if config.device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
         machine = dict(torch=torch.__version__, timm=timm.__version__, python=platform.python_version(), device=where)
         config.output.parent.mkdir(parents=True, exist_ok=True)
         settings = dict(batch_size=config.batch_size, rounds=config.rounds)
-        config.output.write_text(json.dumps(dict(machine=machine, settings=settings, rows=rows), indent=1) + '\n')
+        config.output.write_text(json.dumps(dict(machine=machine, settings=settings, rows=rows, import_seconds=imported), indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -104,6 +104,24 @@ def test_no_auxiliary_exits_is_a_plain_network():
     assert torch.equal(model.forward_exits(x)[0], model(x))
 
 
+def test_an_encoder_gets_a_classifier():
+    encoder = timm.create_model('mobilenetv5_300m_enc', device='meta')
+    model = add_exits(encoder, num_classes=6)
+    assert model.backbone is encoder
+    assert model.num_classes == 6
+    x = torch.empty(2, 3, 256, 256, device='meta')
+    assert [z.shape for z in model.forward_exits(x)] == [(2, 6)] * 4
+    assert model(x).shape == (2, 6)
+    assert model.get_classifier() is model.head.fc
+    assert model.pretrained_cfg['classifier'][-1] == 'head.fc'
+    assert model.truncate(3)(x).shape == (2, 6)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.head_hidden_size)
+    without = add_exits(timm.create_model('mobilenetv5_300m_enc', device='meta'), exits=(2,))
+    assert without.num_classes == 0
+    assert [z.shape for z in without.forward_exits(x)] == [(2, 128), (2, without.num_features)]
+
+
 def test_maps_that_the_stride_does_not_divide():
     model = timm.create_model('test_resnet_sd', exits=(1, 2, 3)).eval()
     for size in (33, 50, 71):

@@ -71,7 +71,8 @@ class MultiExit(BackboneWrapper):
         if headless:
             self.head = LinearHead(backbone.num_features, 0, settings[-1]['batch_norm'], settings[-1]['drop_rate'])
         like = next(backbone.parameters())
-        self.exit_heads.to(device=like.device, dtype=like.dtype)
+        for heads in filter(None, (self.exit_heads, self.head)):
+            heads.to(device=like.device, dtype=like.dtype)
         if num_classes is not None and num_classes != self.num_classes:
             self.reset_classifier(num_classes)
         self.pretrained_cfg = cfg_without_weights(backbone, name + SUFFIX)
