@@ -134,9 +134,10 @@ def main() -> None:
     if config.output:
         where = torch.cuda.get_device_name() if config.device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
         machine = dict(torch=torch.__version__, timm=timm.__version__, python=platform.python_version(), device=where)
-        config.output.parent.mkdir(parents=True, exist_ok=True)
         settings = dict(batch_size=config.batch_size, rounds=config.rounds)
-        config.output.write_text(json.dumps(dict(machine=machine, settings=settings, rows=rows, import_seconds=imported), indent=1) + '\n')
+        figures = dict(machine=machine, settings=settings, rows=rows, import_seconds=imported)
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        config.output.write_text(json.dumps(figures, indent=1) + '\n')
 
 
 if __name__ == '__main__':

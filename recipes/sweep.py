@@ -21,7 +21,7 @@ from rich.progress import track
 import timm_selfdistill.stages
 from timm_selfdistill.launch import run_command
 from timm_selfdistill.metrics import exit_costs
-from timm_selfdistill.wrapper import SUFFIX
+from timm_selfdistill.wrapper import SUFFIX, times
 
 NUM_CLASSES = 1000
 FIELDS = (
@@ -68,7 +68,7 @@ def probe(base: str) -> Dict[str, Any]:
         numel = sum(p.numel() for p in model.backbone.parameters())
         row.update({
             'class': type(model.backbone).__name__,
-            'input_size': '×'.join(str(n) for n in x.shape[1:]),
+            'input_size': times(x.shape[1:]),
             'stages': len(model.stages),
             'exits': ' '.join(str(i) for i in model.exits),
             'modules': ' '.join(model.stages[i].module for i in model.exits),

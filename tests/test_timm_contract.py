@@ -191,6 +191,8 @@ def test_it_exports(create):
     (dict(name='test_resnet_sd', img_size=96), r'img_size=96: test_resnet takes no img_size.*160×160'),
     (dict(name='swin_tiny_patch4_window7_224_sd', img_size=(3, 3, 3)), r'img_size=\(3, 3, 3\): swin_tiny\S+ cannot be'),
     (dict(name='test_vit_sd', img_size=0), r'img_size=0: test_vit cannot be built'),
+    (dict(name='nest_tiny_sd', img_size=100), r'img_size=100: nest_tiny cannot be built for it \(its own is 224×224\)'),
+    (dict(name='levit_128s_sd', img_size=100), r'levit_128s cannot run on images of 3×100×100.*weights is 3×224×224: '),
 ])
 def test_an_image_size_that_the_backbone_refuses(size, message):
     size = dict(size)

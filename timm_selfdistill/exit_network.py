@@ -47,7 +47,9 @@ class ExitNetwork(BackboneWrapper):
         self._args = dict(args, truncate=number)
         self.pretrained_cfg = cfg_without_weights(backbone, architecture)
 
+    pruned = True
     output_fmt = 'NCHW'
+    feature_dim = 1
 
     @property
     def num_classes(self) -> int:
@@ -71,12 +73,11 @@ class ExitNetwork(BackboneWrapper):
 
     def fit_state_dict(self, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         """Return a checkpoint in this model's keys; of a whole network, plain or multi-exit, the part that is here."""
-        is_own = any(k.startswith('backbone.') for k in state_dict) and any(k.startswith('head.') for k in state_dict)
-        if is_own or not state_dict:
-            return state_dict
         head = f'exit_heads.{self.number}.'
-        renamed = {k.replace(head, 'head.', 1): v for k, v in super().fit_state_dict(state_dict).items()}
+        if not any(k.startswith(head) for k in state_dict):
+            return super().fit_state_dict(state_dict)
         own = self.state_dict().keys()
+        renamed = {k.replace(head, 'head.', 1): v for k, v in state_dict.items()}
         return {k: v for k, v in renamed.items() if k in own}
 
     def get_classifier(self) -> nn.Module:

@@ -53,6 +53,7 @@ class MultiExit(BackboneWrapper):
         headless = hasattr(backbone, 'prune_intermediate_layers') and not hasattr(backbone, 'get_classifier')
         if headless:
             backbone.prune_intermediate_layers([len(backbone.feature_info) - 1], prune_norm=False, prune_head=True)
+            self.pruned = True
         self.stages: Tuple[Stage, ...] = find_stages(backbone)
         settings = head_settings(backbone, self.stages)
 

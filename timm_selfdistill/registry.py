@@ -11,7 +11,7 @@ from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, registe
 
 from .multi_exit import MultiExit
 from .stages import ExitSpec
-from .wrapper import SUFFIX, WEIGHT_KEYS, checkpoint_filter_fn
+from .wrapper import SUFFIX, WEIGHT_KEYS, checkpoint_filter_fn, times
 
 __all__ = ['register_all']
 
@@ -52,7 +52,7 @@ def _create_multi_exit(
             f'or pretrained=False for random init.'
         )
     tag = f'.{backbone_pretrained}' if isinstance(backbone_pretrained, str) else ''
-    cache_dir = kwargs.get('cache_dir')
+    cache_dir, img_size = kwargs.get('cache_dir'), kwargs.get('img_size')
     if kwargs.get('features_only') and 'out_indices' not in kwargs:
         kwargs['out_indices'] = _default_out_indices(base)
 
@@ -60,10 +60,10 @@ def _create_multi_exit(
         try:
             backbone = timm.create_model(
                 base + tag, pretrained=bool(backbone_pretrained), cache_dir=cache_dir, **model_args)
-        except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-            if 'img_size' not in model_args:
+        except (AssertionError, TypeError, ValueError) as error:
+            if img_size is None or (isinstance(error, TypeError) and 'img_size' not in str(error)):
                 raise
-            raise ValueError(_refused_size(base, model_args['img_size'], error)) from error
+            raise ValueError(_refused_size(base, img_size, error)) from error
         model = MultiExit(backbone, exits=exits, exit_head=exit_head, num_classes=model_args.get('num_classes'))
         return model if truncate is None else model.truncate(truncate)
 
@@ -84,9 +84,8 @@ def _default_out_indices(base: str) -> Tuple[int, ...]:
 
 
 def _refused_size(base: str, size: Any, error: Exception) -> str:
-    cfg = timm.get_pretrained_cfg(base)
-    own = '×'.join(str(n) for n in cfg.input_size[-2:])
-    if isinstance(error, TypeError) and 'img_size' in str(error):
+    own = times(timm.get_pretrained_cfg(base).input_size[-2:])
+    if isinstance(error, TypeError):
         return (
             f'img_size={size!r}: {base} takes no img_size, it runs on images of any size (its own is {own}). '
             f'Leave img_size out.'

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .wrapper import model_name, times
+
 __all__ = ['ExitSpec', 'Stage', 'choose_exits', 'count_macs', 'feature_dicts', 'find_stages', 'meta_copy', 'take_taps']
 
 _logger = logging.getLogger(__name__)
@@ -82,15 +84,28 @@ def find_stages(model: nn.Module) -> Tuple[Stage, ...]:
         The stages in network order.
 
     Raises:
-        ValueError: The model has no `forward_intermediates` or no `feature_info`, or it refuses its own input size.
+        ValueError: The model has no `forward_intermediates` or no `feature_info`, or it does not run on the
+            size of images it was built for.
     """
     if not hasattr(model, 'forward_intermediates') or not getattr(model, 'feature_info', None):
         raise ValueError(
-            f'{type(model).__name__} cannot be given exits: it has no forward_intermediates() or feature_info. '
+            f'{model_name(model)} cannot be given exits: it has no forward_intermediates() or feature_info. '
             f'Any model of timm >= 1.0.31 has both.'
         )
+    size = get_model_input_config(model)['input_size']
+    try:
+        return _measure(model, torch.empty((1, *size), device='meta'))
+    except (AssertionError, RuntimeError) as error:
+        own = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', size)
+        raise ValueError(
+            f'{model_name(model)} cannot run on images of {times(size)} (channels, height, width), the size of its '
+            f'weights is {times(own)}: {error}'
+        ) from error
+
+
+def _measure(model: nn.Module, x: torch.Tensor) -> Tuple[Stage, ...]:
+    """Run a copy of a model on one image (1, C, H, W) of the meta device; see `find_stages`."""
     probe = meta_copy(model)
-    x = torch.empty((1, *get_model_input_config(model)['input_size']), device='meta')
     infos = feature_dicts(model)
     try:
         take_taps(probe, x, [0])

@@ -1,5 +1,5 @@
 """timm's model contract for a module that holds a timm model."""
-from typing import Any, Callable, Dict, List, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,7 @@ __all__ = [
     'model_name',
     'names_tuple',
     'nested_group_matcher',
+    'times',
 ]
 
 SUFFIX = '_sd'
@@ -30,6 +31,11 @@ def names_tuple(names: Union[None, str, List[str], Tuple[str, ...]]) -> Tuple[st
 def model_name(model: nn.Module) -> str:
     """Return what to call a model in messages: its architecture if timm knows it, else its class."""
     return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+
+
+def times(shape: Sequence[int]) -> str:
+    """Write a shape as in 3×224×224."""
+    return '×'.join(str(n) for n in shape)
 
 
 def cfg_without_weights(model: nn.Module, architecture: str) -> Dict[str, Any]:
@@ -71,8 +77,10 @@ class BackboneWrapper(nn.Module):
 
     Attributes:
         backbone: The plain timm model.
+        pruned: Whether parts of the backbone are gone, so that a checkpoint of the plain network holds more.
     """
 
+    pruned = False
     num_features = _of_backbone('num_features')
     feature_info = _of_backbone('feature_info')
     feature_dim = _of_backbone('feature_dim')
@@ -95,8 +103,8 @@ class BackboneWrapper(nn.Module):
         about_shape = isinstance(error, AssertionError) or config['fixed_input_size'] or given[:1] != own[:1]
         if given != own and about_shape and not isinstance(error, torch.OutOfMemoryError):
             raise ValueError(
-                f'{model_name(self)} cannot take images of {"×".join(map(str, given))} (channels, height, width), it '
-                f'was built for {"×".join(map(str, own))}: {error}'
+                f'{model_name(self)} cannot take images of {times(given)} (channels, height, width), it was built for '
+                f'{times(own)}: {error}'
             ) from error
 
     def classifiers(self) -> Tuple[str, ...]:
@@ -158,8 +166,11 @@ class BackboneWrapper(nn.Module):
         """
         if not state_dict or any(k.startswith('backbone.') for k in state_dict):
             return state_dict
-        own = {k: v for k, v in self.state_dict().items() if not k.startswith('backbone.')}
-        return dict({f'backbone.{k}': v for k, v in state_dict.items()}, **own)
+        own = self.state_dict()
+        fitted = {f'backbone.{k}': v for k, v in state_dict.items()}
+        if self.pruned:
+            fitted = {k: v for k, v in fitted.items() if k in own}
+        return dict(fitted, **{k: v for k, v in own.items() if not k.startswith('backbone.')})
 
     def _load_from_state_dict(self, state_dict: Dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         given = {k[len(prefix):]: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
