@@ -20,7 +20,7 @@ TABLE = {row['name']: row for row in csv.DictReader(open(RECIPES / 'results' / '
 
 # Branches that run side by side feed each other: a cut leaves layers that run although the exit needs them not. And
 # EfficientViM keeps the four weights of its heads in the network itself.
-SPARE_PARAMETERS = {'CrossVit', 'EfficientVim', 'HighResolutionNet'}
+SPARE_PARAMETERS = {'CrossVit', 'EfficientViM', 'EfficientViMDistilled', 'HighResolutionNet'}
 
 
 def smallest_of_each_class():

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from .heads import ExitHead
-from .stages import feature_dicts, take_taps
+from .stages import copy_model, feature_dicts, take_taps
 from .wrapper import BackboneWrapper, cfg_without_weights
 
 __all__ = ['ExitNetwork']
@@ -37,8 +37,7 @@ class ExitNetwork(BackboneWrapper):
             args: Dict[str, Any],
     ):
         # first a copy of the structure alone, so that what is pruned is never copied
-        tensors = {id(t): t for t in (*backbone.parameters(), *backbone.buffers())}
-        backbone = copy.deepcopy(backbone, tensors)
+        backbone = copy_model(backbone, {id(t): t for t in (*backbone.parameters(), *backbone.buffers())})
         backbone.prune_intermediate_layers([stage], prune_norm=True, prune_head=True)
         super().__init__(copy.deepcopy(backbone))
         self.head = copy.deepcopy(head)

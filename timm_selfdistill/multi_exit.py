@@ -1,5 +1,4 @@
 """MultiExit: a timm network with auxiliary exits, behind timm's own model contract."""
-import copy
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -7,7 +6,7 @@ import torch.nn as nn
 
 from .exit_network import ExitNetwork
 from .heads import ExitHead, LinearHead, create_exit_head, head_settings
-from .stages import ExitSpec, Stage, choose_exits, count_macs, find_stages, take_taps
+from .stages import ExitSpec, Stage, choose_exits, copy_model, count_macs, find_stages, take_taps
 from .wrapper import SUFFIX, BackboneWrapper, cfg_without_weights, model_name, names_tuple
 
 __all__ = ['MultiExit', 'add_exits']
@@ -163,8 +162,8 @@ class MultiExit(BackboneWrapper):
         if self._check_exit(k) < self.num_exits - 1:
             return ExitNetwork(self.backbone, self.exit_heads[k], k, self.exits[k], model_name(self), self._model_args)
         if self.head is None:
-            return copy.deepcopy(self.backbone)
-        network = copy.deepcopy(self)
+            return copy_model(self.backbone)
+        network = copy_model(self)
         network.exits, network.exit_heads = (), nn.ModuleList()
         return network
 

@@ -2,7 +2,7 @@
 import copy
 import logging
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, List, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .wrapper import model_name, times
 
-__all__ = ['ExitSpec', 'Stage', 'choose_exits', 'count_macs', 'feature_dicts', 'find_stages', 'meta_copy', 'take_taps']
+__all__ = [
+    'ExitSpec',
+    'Stage',
+    'choose_exits',
+    'copy_model',
+    'count_macs',
+    'feature_dicts',
+    'find_stages',
+    'meta_copy',
+    'take_taps',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -54,14 +64,32 @@ class Stage:
     macs: int
 
 
+def copy_model(model: nn.Module, tensors: Optional[Dict[int, torch.Tensor]] = None) -> nn.Module:
+    """Copy a model without what it has computed from its weights and keeps.
+
+    Args:
+        model: Any module.
+        tensors: What stands in the copy for parameters and buffers, by the id of the original; others are copied.
+    """
+    memo: Dict[int, Any] = dict(tensors or {})
+    for module in model.modules():
+        for name, value in vars(module).items():
+            # In eval mode attention in LeViT and its kin keeps biases made from its weights, by device. While they
+            # belong to a graph torch refuses to copy them.
+            if isinstance(value, dict) and name not in ('_parameters', '_buffers') and any(
+                    isinstance(t, torch.Tensor) and not t.is_leaf for t in value.values()):
+                memo[id(value)] = {}
+    return copy.deepcopy(model, memo)
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """Copy a model in eval mode onto the meta device: its shapes without its memory, the original untouched."""
-    memo: dict = {}
+    tensors: Dict[int, torch.Tensor] = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device='meta'), requires_grad=False)
+        tensors[id(p)] = nn.Parameter(torch.empty_like(p, device='meta'), requires_grad=False)
     for b in model.buffers():
-        memo[id(b)] = torch.empty_like(b, device='meta')
-    return copy.deepcopy(model, memo).to('meta').eval()
+        tensors[id(b)] = torch.empty_like(b, device='meta')
+    return copy_model(model, tensors).to('meta').eval()
 
 
 def count_macs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Tuple[int, Any]:
