@@ -31,7 +31,7 @@ class BenchmarkConfig:
 
     models: Tuple[str, ...] = ('resnet50', 'vit_small_patch16_224', 'convnext_tiny', 'efficientnet_b0')
     """Names of timm models."""
-    batch_size: int = 8
+    batch_size: int = 2
     """Images at a time."""
     rounds: int = 31
     """Times that each pair is compared."""
@@ -117,16 +117,17 @@ def main() -> None:
     config = tyro.cli(BenchmarkConfig)
     console = Console()
     table = Table(title=f'inference on {config.device}, batches of {config.batch_size}, {config.rounds} rounds')
-    for column in ('model', 'ours', 'rival', 'time ratio', 'middle half', 'params', 'rival', 'MACs', 'rival'):
+    for column in ('model', 'ours / rival', 'time', 'middle half', 'params', 'MACs'):
         table.add_column(column)
     rows = []
     for name in config.models:
         for row in compare(name, config):
             rows.append(row)
             table.add_row(
-                row['model'], row['ours'], row['rival'],
+                row['model'], f'{row["ours"]} / {row["rival"]}',
                 f'{row["ratio"]:.3f}', f'{row["low"]:.3f} to {row["high"]:.3f}',
-                *(f'{row[key]:,}' for key in ('params', 'rival_params', 'macs', 'rival_macs')),
+                *('equal' if row[k] == row[f'rival_{k}'] else f'{row[k] / row[f"rival_{k}"]:.3f}'
+                  for k in ('params', 'macs')),
             )
     console.print(table)
     imported = import_seconds(11)

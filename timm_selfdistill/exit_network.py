@@ -27,6 +27,10 @@ class ExitNetwork(BackboneWrapper):
         args: Arguments that rebuild the multi-exit network.
     """
 
+    pruned = True
+    output_fmt = 'NCHW'
+    feature_dim = 1
+
     def __init__(
             self,
             backbone: nn.Module,
@@ -45,10 +49,6 @@ class ExitNetwork(BackboneWrapper):
         self.stage = stage
         self._args = dict(args, truncate=number)
         self.pretrained_cfg = cfg_without_weights(backbone, architecture)
-
-    pruned = True
-    output_fmt = 'NCHW'
-    feature_dim = 1
 
     @property
     def num_classes(self) -> int:
