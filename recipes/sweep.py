@@ -18,7 +18,6 @@ import torch
 import tyro
 from rich.progress import track
 
-import timm_selfdistill.stages
 from timm_selfdistill.launch import run_command
 from timm_selfdistill.metrics import exit_costs
 from timm_selfdistill.wrapper import SUFFIX, times
@@ -51,7 +50,7 @@ def probe(base: str) -> Dict[str, Any]:
     said: List[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    timm_selfdistill.stages._logger.handlers = [handler]
+    logging.getLogger('timm_selfdistill').handlers = [handler]
     row: Dict[str, Any] = dict.fromkeys(FIELDS, '')
     row['name'] = base + SUFFIX
     try:

@@ -42,6 +42,7 @@ class ExitHead(nn.Module):
             self.fc = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, in_chs, H, W) to the pooled vector (N, width)."""
         raise NotImplementedError
 
     def forward_head(self, features: torch.Tensor) -> torch.Tensor:
