@@ -85,7 +85,8 @@ def probe(base: str) -> Dict[str, Any]:
 
 def main() -> None:
     config = tyro.cli(SweepConfig)
-    bases = [n for n in timm.list_models(config.names) if not n.endswith(SUFFIX)][::config.every]
+    names = timm.list_models(config.names)
+    bases = [n for n in names if timm.model_entrypoint(n).__module__.startswith('timm.')][::config.every]
     with ProcessPoolExecutor(config.workers, mp_context=multiprocessing.get_context('spawn')) as pool:
         rows = list(track(pool.map(probe, bases), total=len(bases), description='Models'))
     config.output.parent.mkdir(parents=True, exist_ok=True)

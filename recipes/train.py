@@ -3,6 +3,7 @@
 import sys
 
 from timm_selfdistill.config import parse_train_config
+from timm_selfdistill.generations import train_generations
 from timm_selfdistill.launch import relaunch_on_cpu, run_command
 from timm_selfdistill.trainer import train
 
@@ -10,7 +11,10 @@ from timm_selfdistill.trainer import train
 def main() -> None:
     config = parse_train_config(sys.argv[1:])
     relaunch_on_cpu()
-    train(config)
+    if config.generations is None:
+        train(config)
+    else:
+        train_generations(config)
 
 
 if __name__ == '__main__':

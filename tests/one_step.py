@@ -6,16 +6,17 @@ not depend on the number of processes.
 import sys
 
 import torch
+from accelerate import Accelerator
 
 from timm_selfdistill.config import parse_train_config
 from timm_selfdistill.launch import relaunch_on_cpu
-from timm_selfdistill.trainer import _Run
+from timm_selfdistill.trainer import _Run, close
 
 
 def main(path, arguments):
     config = parse_train_config(arguments)
     relaunch_on_cpu()
-    run = _Run(config)
+    run = _Run(config, Accelerator())
     run.task.train()
     for module in run.task.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -32,7 +33,7 @@ def main(path, arguments):
             processes=run.accelerator.num_processes, local_batch=len(images), terms=terms, grads=grads,
             metrics={part: {k: dict(v) for k, v in m.items()} for part, m in metrics.items()},
         ), path)
-    run.close()
+    close(run.accelerator)
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
-from timm_selfdistill.config import ConfigError, TrainConfig, parse_train_config
+from timm_selfdistill.config import PRESETS, ConfigError, TrainConfig, parse_train_config
 
 
 def test_the_command_line_is_the_dataclass():
@@ -62,6 +62,19 @@ def test_a_config_file_that_is_not_there_is_named(tmp_path):
     (['--std', '0'], '--std 0.0: expected numbers greater than 0'),
     (['--scale', '0.5', '0.1'], '--scale 0.5 0.1: expected two rising numbers'),
     (['--model-kwargs', 'drop_rate'], '--model-kwargs drop_rate: expected key=value'),
+    (['--eta', '1.2', '--patriarch', 'tsd'], '--eta 1.2: expected a number from 0 to 1'),
+    (['--label-weight', '-0.1'], '--label-weight -0.1: expected a number from 0 to 1'),
+    (['--tsd-k', '1'], '--tsd-k 1: expected a number of 2 or more'),
+    (['--generations', '-1'], '--generations -1: expected a number of 0 or more'),
+    (['--teacher-temperature', '0', '--generations', '1'], '--teacher-temperature 0.0: expected more than 0'),
+    (['--last-phase-epochs', '9', '--epochs', '5'], '--last-phase-epochs 9: expected a number from 0 to 5'),
+    (['--preset', 'byot'], '--preset byot: unknown, expected one of byot-scan, byot-tpami'),
+    (['--method', 'kd'], '--method kd: pass --teacher'),
+    (['--teacher', 'a/b', '--patriarch', 'tsd'], '--patriarch tsd: a patriarch has no teacher, and --teacher a/b'),
+    (['--teacher', 'a/b', '--generations', '2'], '--teacher a/b: with --generations 2 each generation teaches'),
+    (['--label-weight', '0.5'], '--label-weight 0.5: there is no teacher; pass --teacher or --generations'),
+    (['--eta', '0.5'], '--eta 0.5: --patriarch plain has the cross entropy alone; others are tsd, label-smoothing'),
+    (['--resume', 'auto'], '--resume auto: goes on with generations; pass --generations and --experiment'),
 ])
 def test_values_out_of_range_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
@@ -86,3 +99,31 @@ def test_every_setting_is_explained(capsys):
     out = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
         assert f'--{field.name.replace("_", "-")}' in out
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_presets_are_defaults(name):
+    config = parse_train_config(['--preset', name])
+    expected = {k: tuple(v) if isinstance(v, list) else v for k, v in PRESETS[name].items()}
+    assert {k: getattr(config, k) for k in expected} == expected
+    assert parse_train_config(['--preset', name, '--epochs', '7', '--alpha', '0.9']).alpha == 0.9
+
+
+def test_the_authors_settings():
+    scan, tpami = (parse_train_config(['--preset', name]) for name in ('byot-scan', 'byot-tpami'))
+    assert (scan.alpha, scan.temperature, scan.square_temperature) == (0.5, 3.0, True)
+    assert scan.hint_weight == pytest.approx(5e-7 * 128 * 512, rel=1e-2)
+    assert (scan.epochs, scan.decay_milestones, tpami.epochs, tpami.decay_milestones) == (
+        200, (75, 130, 180), 250, (83, 166, 240))
+    assert (tpami.alpha, tpami.temperature, tpami.square_temperature) == (0.3, 3.0, False)
+    assert (tpami.aa, tpami.cutout, scan.aa, scan.cutout) == ('cifar10', 16, None, 0)
+
+
+def test_defaults_of_teaching_depend_on_the_method():
+    assert parse_train_config([]).teaching()['tolerance'] is None
+    tsd = parse_train_config(['--patriarch', 'tsd']).teaching()
+    assert (tsd['tolerance'], tsd['eta'], tsd['k']) == ('tsd', 0.6, 5)
+    kd = parse_train_config(['--method', 'kd', '--teacher', 'resnet50']).teaching()
+    assert (kd['label_weight'], kd['teacher_temperature']) == (0.1, 4.0)
+    byot = parse_train_config(['--teacher', 'resnet50', '--label-weight', '0']).teaching()
+    assert (byot['label_weight'], byot['teacher_temperature']) == (0., 1.0)

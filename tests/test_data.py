@@ -4,19 +4,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import noise_images
+from conftest import noise_images, write_two_colours
 from hypothesis import given
 from hypothesis import strategies as st
 
+from timm_selfdistill.augment import Cutout, eval_transform, train_transform
 from timm_selfdistill.data import (
     DataError,
     EpochBatches,
     create_eval_loader,
     create_train_loader,
-    eval_transform,
     load_digits,
     load_image_data,
-    train_transform,
 )
 
 CONFIG = dict(
@@ -254,3 +253,51 @@ def test_grey_images():
     config = dict(CONFIG, input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
     data.train.transform = train_transform(config, crop='pad')
     assert data.train[(0, 0)][0].shape == (1, 32, 32)
+
+
+# -- what the CIFAR recipes need ---------------------------------------------------------------------------------------
+
+
+def test_cutout_blots_out_a_square_and_cuts_off_what_lies_outside():
+    image = torch.ones(3, 12, 20)
+    areas = set()
+    for _ in range(300):
+        out = Cutout(6)(image)
+        hole = (out == 0).all(0)
+        assert torch.equal((out == 0).any(0), hole)
+        rows, columns = hole.any(1).nonzero().flatten(), hole.any(0).nonzero().flatten()
+        assert hole.sum() == len(rows) * len(columns)  # a rectangle
+        assert 3 <= len(rows) <= 6
+        assert 3 <= len(columns) <= 6
+        areas.add((len(rows), len(columns)))
+    assert (6, 6) in areas
+    assert len(areas) > 4
+    assert (image == 1).all()
+
+
+def test_autoaugments_policy_comes_from_torchvision():
+    transform = train_transform(CONFIG, crop='pad', hflip=0., auto_augment='cifar10', cutout=8)
+    kinds = [type(t).__name__ for t in transform.transforms[0].transforms] + [
+        type(t).__name__ for t in transform.transforms]
+    assert 'AutoAugment' in kinds
+    assert kinds[-1] == 'Cutout'
+    image = noise_images(1)[0]
+    assert not torch.equal(transform(image), transform(image))
+
+
+def test_superclasses_are_found_for_every_class(tmp_path):
+    data = load_image_data(
+        data_dir=str(write_two_colours(tmp_path)), label_column='fine', superclass_column='coarse', val_fraction=0.25)
+    assert data.superclasses.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert load_image_data(data_dir=str(tmp_path), label_column='fine').superclasses is None
+
+
+@pytest.mark.parametrize('label, superclass, message', [
+    ('fine', 'family', '--superclass-column family: .* has no such column .*; it has: fine, coarse'),
+    ('fine', 'image', '--superclass-column image'),
+    ('coarse', 'fine', 'each class needs one superclass, class 0 lies in several'),
+])
+def test_superclasses_that_are_none_are_refused(tmp_path, label, superclass, message):
+    folder = str(write_two_colours(tmp_path))
+    with pytest.raises(DataError, match=message):
+        load_image_data(data_dir=folder, label_column=label, superclass_column=superclass)

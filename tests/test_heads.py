@@ -25,6 +25,92 @@ def test_heads_take_maps_to_logits(kind, batch_norm, depthwise):
     assert all(p.grad is not None for p in head.parameters())
 
 
+@pytest.mark.parametrize('kind', sorted(EXIT_HEADS))
+@pytest.mark.parametrize('batch_norm', [True, False])
+def test_features_are_the_pooled_map_in_any_precision(kind, batch_norm):
+    head = create_exit_head(kind, in_chs=12, num_classes=5, stride=2, batch_norm=batch_norm).eval()
+    maps = torch.randn(2, 12, 9, 14)
+    before = head.forward_map(maps)
+    assert before.ndim == 4
+    assert before.shape[:2] == (2, head.map_chs)
+    assert torch.equal(head.pool(before), head.forward_features(maps))
+    assert head.forward_features(maps).shape == (2, head.num_features)
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(head(maps).float(), head.float()(maps).float(), atol=0.05, rtol=0.05)
+    assert head.to(torch.bfloat16)(maps.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_the_wide_bottleneck_is_as_wide_as_the_deepest_exit():
+    head = create_exit_head('bottleneck-wide', in_chs=12, num_classes=5, stride=4, width=16, deep_features=72)
+    narrow = create_exit_head('bottleneck', in_chs=12, num_classes=5, stride=4, width=16, deep_features=72)
+    assert (head.num_features, head.map_chs, narrow.num_features) == (72, 72, 16)
+    assert head.forward_map(torch.randn(2, 12, 16, 16)).shape == (2, 72, 4, 4)
+    assert [k for k in head.state_dict() if not k.startswith('widen.')] == list(narrow.state_dict())
+    kernels = [m.kernel_size for m in head.modules() if isinstance(m, nn.Conv2d)]
+    assert kernels == [(1, 1), (4, 4), (1, 1)]
+    for model in (timm.create_model(f'{n}_sd', exit_head='bottleneck-wide') for n in ('test_resnet', 'test_vit')):
+        assert {h.num_features for h in model.exit_heads} == {model.head_hidden_size}
+
+
+@pytest.mark.parametrize('stride, halvings', [(1, 0), (2, 1), (4, 2), (6, 2), (8, 3)])
+def test_separable_heads_halve_the_map_and_double_the_channels(stride, halvings):
+    head = create_exit_head('separable', in_chs=8, num_classes=5, stride=stride, deep_chs=24)
+    assert head.num_features == min(8 * 2 ** halvings, 24)
+    assert head.forward_map(torch.randn(2, 8, 24, 32)).shape == (
+        2, head.num_features, 24 // 2 ** halvings, 32 // 2 ** halvings)
+    assert len(head.down) == max(1, halvings)
+    assert create_exit_head('separable', in_chs=32, num_classes=5, stride=2, deep_chs=24).num_features == 32
+
+
+def test_attention_damps_what_the_separable_convolutions_see():
+    head = create_exit_head('separable', in_chs=8, num_classes=5, stride=4)
+    seen = []
+    head.down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    maps = torch.randn(2, 8, 9, 14)
+    head.forward_map(maps)
+    gate = seen[0] / maps
+    assert 0 < gate.min() < gate.max() < 1
+    assert gate.std() > 0.01
+    assert head.attend(maps).shape[-2:] == (5, 7)
+
+
+def test_mixed_pooling_runs_from_mean_to_maximum():
+    head = create_exit_head('pooled', in_chs=3, num_classes=5)
+    maps = torch.randn(2, 3, 8, 12)
+    mean, peak = nn.functional.avg_pool2d(maps, (2, 3)).flatten(1), nn.functional.max_pool2d(maps, (2, 3)).flatten(1)
+    torch.testing.assert_close(head.forward_features(maps), (mean + peak) / 2)
+    for mix, expected in ((-40, mean), (40, peak)):
+        nn.init.constant_(head.pool.mix, mix)
+        torch.testing.assert_close(head.forward_features(maps), expected)
+
+
+@pytest.mark.parametrize('in_chs, deep_size, grid', [
+    (64, (8, 8), 4), (64, (2, 3), 2), (256, (8, 8), 4), (257, (8, 8), 3), (1024, (8, 8), 2), (2048, (8, 8), 1),
+    (6000, (8, 8), 1),
+])
+def test_pooled_vectors_stay_modest(in_chs, deep_size, grid):
+    with torch.device('meta'):
+        assert create_exit_head('pooled', in_chs=in_chs, num_classes=0, deep_size=deep_size).num_features \
+            == in_chs * grid ** 2
+
+
+def test_a_cascade_takes_the_logits_before_but_teaches_them_nothing():
+    head = create_exit_head('cascade', in_chs=8, num_classes=5, first=False).eval()
+    features, previous = torch.randn(3, head.num_features), torch.randn(3, 5, requires_grad=True)
+    logits = head.forward_head(features, previous)
+    assert not torch.allclose(logits, head.forward_head(features, previous.flip(1)))
+    torch.testing.assert_close(logits, head.forward_head(features, 3 * previous + 1), atol=1e-4, rtol=1e-4)
+    logits.sum().backward()
+    assert previous.grad is None
+    assert head.fc.weight.grad[:, -5:].abs().max() > 0
+    head.reset_classifier(7)
+    assert head.fc.in_features == head.num_features + 7
+    head.reset_classifier(0)
+    assert torch.equal(head.forward_head(features, previous), features)
+    first = create_exit_head('cascade', in_chs=8, num_classes=5)
+    assert first.fc.in_features == first.num_features
+
+
 def test_without_batch_norm_an_image_is_classified_by_itself():
     head = BottleneckHead(8, 5, stride=2, batch_norm=False).train()
     maps = torch.randn(4, 8, 6, 6)
@@ -41,6 +127,21 @@ def test_dropout_is_the_networks():
     head = create_exit_head('linear', in_chs=1000, num_classes=0, drop_rate=0.4)
     assert 0.3 < (head.train().forward_head(features) == 0).float().mean() < 0.5
     assert torch.equal(head.eval().forward_head(features), features)
+
+
+@pytest.mark.parametrize('kind', sorted(EXIT_HEADS))
+def test_no_head_normalises_otherwise_than_its_network(kind):
+    for name, foreign in (('test_resnet', (nn.LayerNorm, nn.GELU)), ('test_vit', (nn.BatchNorm2d, nn.ReLU))):
+        model = timm.create_model(f'{name}_sd', exit_head=kind)
+        assert not any(isinstance(m, foreign) for m in model.exit_heads.modules())
+
+
+@pytest.mark.parametrize('name, share', [('resnet18', 0.036), ('resnet50', 0.236)])
+def test_separable_heads_are_no_dearer_than_known_ones(name, share):
+    with torch.device('meta'):
+        model = timm.create_model(f'{name}_sd', exit_head='separable', num_classes=100).eval()
+        x = torch.empty(1, 3, 128, 128)
+    assert 1 < count_macs(model.forward_exits, x)[0] / count_macs(model, x)[0] < 1 + share
 
 
 @pytest.mark.parametrize('name, batch_norm, depthwise', [

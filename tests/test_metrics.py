@@ -2,8 +2,19 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
-from timm_selfdistill.metrics import ExitEvaluator, ensemble_logits, evaluate_exits, exit_costs, exit_table
+from timm_selfdistill.metrics import (
+    ExitEvaluator,
+    collect_features,
+    collect_logits,
+    ensemble_logits,
+    eval_mode,
+    evaluate_exits,
+    exit_costs,
+    exit_table,
+    learn_ensemble,
+)
 
 
 def test_counts_loss_and_calibration_against_numpy():
@@ -38,6 +49,83 @@ def test_a_perfectly_calibrated_exit_has_no_calibration_error():
 def test_ensemble_averages_the_logits_of_all_exits():
     logits = [torch.randn(3, 4) for _ in range(5)]
     assert torch.allclose(ensemble_logits(logits), sum(logits) / 5)
+
+
+def test_the_ensemble_by_probabilities_is_the_logarithm_of_the_mean_softmax():
+    logits = [10 * torch.randn(3, 4, dtype=torch.float64) for _ in range(5)]
+    out = ensemble_logits(logits, by='probabilities')
+    assert torch.allclose(out.exp(), sum(z.softmax(-1) for z in logits) / 5)
+    assert torch.allclose(out.exp().sum(-1), torch.ones(3, dtype=torch.float64))
+
+
+def test_the_weighted_ensemble_sums_the_logits_with_its_weights():
+    logits = [torch.randn(3, 4) for _ in range(3)]
+    assert torch.allclose(ensemble_logits(logits, weights=torch.full((3,), 1 / 3)), ensemble_logits(logits))
+    weights = torch.tensor([2., 0., -1.])
+    assert torch.allclose(ensemble_logits(logits, weights=weights), 2 * logits[0] - logits[2])
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(by='votes'), "by='votes': unknown, expected logits or probabilities"),
+    (dict(weights=torch.ones(2)), r'weights of shape \(2,\): expected \(3,\)'),
+    (dict(weights=torch.ones(3), by='probabilities'), "by='logits' only"),
+])
+def test_an_ensemble_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ensemble_logits([torch.zeros(1, 2)] * 3, **arguments)
+
+
+def test_the_learned_ensemble_is_no_worse_than_the_mean_and_every_single_exit_where_it_was_learned():
+    target = torch.randint(0, 6, (400,))
+    label = F.one_hot(target, 6).float()
+    # exits of different skill, each with errors of its own, so that every one of them is of use
+    logits = [skill * label + torch.randn(400, 6) for skill in (0.5, 1., 2.)]
+    weights = learn_ensemble(logits, target)
+    assert weights.shape == (3,)
+    assert weights.sum().item() == pytest.approx(1)
+    assert 0 < weights[0] < weights[1] < weights[2]
+    loss = F.cross_entropy(ensemble_logits(logits, weights=weights), target)
+    assert all(loss < F.cross_entropy(other, target) for other in [ensemble_logits(logits), *logits])
+    for i in range(3):  # no step towards an exit helps
+        nudged = 0.98 * weights + 0.02 * F.one_hot(torch.tensor(i), 3)
+        assert F.cross_entropy(ensemble_logits(logits, weights=nudged), target) >= loss - 1e-7
+    assert torch.equal(weights, learn_ensemble(logits, target))
+
+
+def test_the_learned_ensemble_drops_exits_that_only_guess_and_stays_finite_on_a_perfect_one():
+    target = torch.randint(0, 6, (200,))
+    with torch.no_grad():
+        weights = learn_ensemble([5 * torch.randn(200, 6), 9 * F.one_hot(target, 6).float()], target)
+    assert weights[1] > 0.999 and weights.isfinite().all()
+
+
+def test_another_ensemble_can_be_measured(tiny):
+    batches = [(torch.randn(8, 3, 64, 64), torch.randint(0, 5, (8,)))]
+    metrics = evaluate_exits(tiny, batches, ensemble=lambda logits: logits[1])
+    assert metrics['ensemble'] == metrics['exit1'] != metrics['exit2']
+
+
+def test_logits_and_features_are_gathered_in_order(tiny):
+    images, labels = torch.randn(20, 3, 64, 64), torch.randint(0, 5, (20,))
+    batches = [(images[i:i + 8], labels[i:i + 8]) for i in range(0, 20, 8)]
+    logits, target = collect_logits(tiny.train(), batches)
+    features, _ = collect_features(tiny, batches)
+    assert tiny.training
+    expected = tiny.eval().forward_exits(images, return_features=True)
+    assert torch.equal(target, labels)
+    for got, wanted in zip((logits, features), expected):
+        assert len(got) == 3 and not any(g.requires_grad for g in got)
+        assert all(torch.allclose(g, w, atol=1e-5) for g, w in zip(got, wanted))
+
+
+def test_eval_mode_gives_every_module_its_mode_back_whatever_happens(tiny):
+    tiny.train()
+    tiny.backbone.layer1.eval()  # a frozen part
+    before = [m.training for m in tiny.modules()]
+    with pytest.raises(RuntimeError, match='half way'), eval_mode(tiny):
+        assert not any(m.training for m in tiny.modules())
+        raise RuntimeError('half way')
+    assert [m.training for m in tiny.modules()] == before
 
 
 def test_every_exit_is_measured_and_the_model_left_as_it_was(tiny):

@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from timm_selfdistill import MultiExit, add_exits
+from timm_selfdistill.heads import EXIT_HEADS
 from timm_selfdistill.hub import save_model
+from timm_selfdistill.metrics import exit_costs
 
 FAMILIES = ['test_resnet', 'test_vit', 'test_convnext', 'test_efficientnet']
 
@@ -49,6 +52,165 @@ def test_features_are_what_the_classifiers_see(model, images):
     assert features[-1].shape == (2, model.head_hidden_size)
     assert not features[-1].requires_grad
     assert features[0].requires_grad
+
+
+@functools.cache
+def create_once(name, kind):
+    return timm.create_model(f'{name}_sd', num_classes=7, exit_head=kind).eval()
+
+
+@pytest.fixture(params=[(name, kind) for name in FAMILIES[:3] for kind in sorted(EXIT_HEADS)], ids='-'.join)
+def any_head(request):
+    """A network with each kind of exit head."""
+    return copy.deepcopy(create_once(*request.param))
+
+
+def images_for(model, count=2):
+    return torch.randn(count, *model.pretrained_cfg['input_size'])
+
+
+def test_every_kind_of_head_ends_a_network(any_head):
+    model = any_head
+    x = images_for(model)
+    logits, features = model.forward_exits(x, return_features=True)
+    assert [z.shape for z in logits] == [(2, 7)] * model.num_exits
+    assert [f.shape for f in features[:-1]] == [(2, head.num_features) for head in model.exit_heads]
+    assert torch.equal(logits[-1], model(x))
+    assert torch.equal(logits[-1], model.backbone(x))
+    for k in range(model.num_exits):
+        cut = model.truncate(k)
+        assert torch.equal(cut(x), logits[k])
+        assert torch.equal(cut.forward_head(cut.forward_features(x)), logits[k])
+        assert torch.equal(cut.forward_head(cut.forward_features(x), pre_logits=True), features[k])
+        assert all(torch.equal(a, b) for a, b in zip(model.forward_exits(x, upto=k), logits))
+        cut.reset_classifier(0)
+        assert torch.equal(cut(x), features[k])
+        cut.reset_classifier(3)
+        assert cut(x).shape == (2, 3)
+    model.reset_classifier(4)
+    assert [z.shape for z in model.forward_exits(x)] == [(2, 4)] * model.num_exits
+
+
+def test_every_kind_of_head_is_saved_and_loaded(any_head, tmp_path):
+    model = any_head
+    x = images_for(model)
+    logits = model.forward_exits(x)
+    whole, end = (f'local-dir:{tmp_path / name}' for name in ('whole', 'end'))
+    save_model(model, tmp_path / 'whole')
+    loaded = timm.create_model(whole, pretrained=True).eval()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.forward_exits(x), logits))
+    cut = timm.create_model(whole, pretrained=True, truncate=1).eval()
+    assert torch.equal(cut(x), logits[1])
+    save_model(cut, tmp_path / 'end')
+    assert torch.equal(timm.create_model(end, pretrained=True).eval()(x), logits[1])
+    other = timm.create_model(end, pretrained=True, num_classes=3).eval()
+    assert other(x).shape == (2, 3)
+    kept = {k: v for k, v in other.state_dict().items() if not k.startswith(other.pretrained_cfg['classifier'])}
+    assert {k.split('.')[0] for k in cut.state_dict().keys() - kept.keys()} <= {'head', 'exit_heads'}
+    assert all(torch.equal(v, cut.state_dict()[k]) for k, v in kept.items())
+
+
+def test_every_parameter_of_every_kind_of_head_learns(any_head):
+    model = any_head
+    x = images_for(model)
+    model.train()
+    sum(z.square().mean() for z in model.forward_exits(x)).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    assert [n for n, p in model.exit_heads.named_parameters() if not p.grad.abs().max() > 0] == []
+
+
+@pytest.mark.parametrize('kind', sorted(EXIT_HEADS))
+def test_every_kind_of_head_follows_the_backbones_dtype_and_device(kind):
+    plain = timm.create_model('test_resnet', num_classes=7)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.bfloat16)
+    model = add_exits(plain.to(torch.bfloat16), exit_head=kind, exits=(1, 2)).eval()
+    cut = model.truncate(1)
+    for network in (model, cut):
+        network.reset_classifier(5)
+        assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+        assert network(x).dtype == torch.bfloat16
+    assert [z.dtype for z in model.forward_exits(x)] == [torch.bfloat16] * 3
+    meta = add_exits(plain.to('meta'), exit_head=kind, exits=(1, 2))
+    meta.reset_classifier(5)
+    assert {p.device.type for p in (*meta.parameters(), *meta.truncate(1).parameters())} == {'meta'}
+
+
+def test_maps_are_what_the_exits_pool(any_head):
+    model = any_head
+    x = images_for(model)
+    expected, features = model.forward_exits(x, return_features=True)
+    logits, maps = model.forward_exits(x, return_maps=True)
+    assert all(torch.equal(a, b) for a, b in zip(logits, expected))
+    assert len(logits) == len(maps) == model.num_exits
+    for head, m, f in zip(model.exit_heads, maps, features):
+        assert m.shape[:2] == (2, head.map_chs)
+        assert torch.equal(head.pool(m), f)
+        assert m.requires_grad
+    last = model.stages[-1]
+    assert maps[-1].shape == (2, last.num_chs, *last.size)
+    assert torch.equal(
+        maps[-1], model.backbone.forward_intermediates(x, indices=[last.index], intermediates_only=True)[0])
+    assert not maps[-1].requires_grad
+    assert len(model.forward_exits(x, upto=0, return_maps=True)[1]) == 1
+    cut, (only,) = model.forward_exits(x, upto=0, return_maps=True, detach_taps=True)
+    assert torch.equal(only, maps[0])
+    assert torch.equal(cut[0], logits[0])
+
+
+def test_without_auxiliary_exits_there_are_still_features_and_maps():
+    model = timm.create_model('test_resnet_sd', exits=()).eval()
+    x = torch.randn(2, 3, 64, 64)
+    for kind, shape in (('return_features', (2, 96)), ('return_maps', (2, 96, 2, 2))):
+        (logits,), (seen,) = model.forward_exits(x, **{kind: True})
+        assert torch.equal(logits, model(x))
+        assert seen.shape == shape
+        assert not seen.requires_grad
+    with pytest.raises(ValueError, match='return_features=True, return_maps=True: expected one'):
+        model.forward_exits(x, return_features=True, return_maps=True)
+
+
+def test_detached_exits_leave_the_backbone_to_the_deepest_one(any_head):
+    model = any_head
+    x, y = images_for(model), torch.tensor([1, 4])
+    cross_entropy = torch.nn.functional.cross_entropy
+    cross_entropy(model.backbone(x), y).backward()
+    plain = {n: p.grad.clone() for n, p in model.backbone.named_parameters()}
+    for detach in (False, True):
+        model.zero_grad()
+        logits = model.forward_exits(x, detach_taps=detach)
+        sum(cross_entropy(z, y) for z in logits).backward()
+        assert all(p.grad is not None for p in model.exit_heads.parameters())
+        same = [torch.allclose(p.grad, plain[n], rtol=1e-4, atol=1e-6) for n, p in model.backbone.named_parameters()]
+        assert all(same) == detach
+    assert all(torch.equal(a, b) for a, b in zip(logits, model.forward_exits(x)))
+
+
+def test_a_cascade_hands_logits_on_one_way_only():
+    model = timm.create_model('test_resnet_sd', num_classes=5, exits=(1, 2, 3), exit_head='cascade').eval()
+    x = torch.randn(2, 3, 64, 64)
+    before = model.forward_exits(x)
+    torch.nn.init.normal_(model.exit_heads[0].fc.bias, std=9)
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.forward_exits(x))]
+    assert changed == [True, True, True, False]
+    model.forward_exits(x)[2].sum().backward()
+    assert all(p.grad is None for head in model.exit_heads[:2] for p in head.parameters())
+    # the network that ends at an exit pays for the heads before it
+    plain = exit_costs(timm.create_model('test_resnet_sd', num_classes=5, exits=(1, 2, 3)))
+    costs = exit_costs(model)
+    assert costs['exit0'] == plain['exit0']
+    assert costs['exit3'] == plain['exit3']
+    heads = sum(p.numel() for head in model.exit_heads[:2] for p in head.parameters())
+    assert costs['exit2'].params == plain['exit2'].params + heads + 5 * 5
+    assert costs['exit2'].macs > plain['exit2'].macs
+    assert {k.split('.')[0] for k in model.truncate(0).state_dict()} == {'backbone', 'head'}
+    kept = {k.partition('.')[0] for k in model.truncate(2).exit_heads.state_dict()}
+    assert kept == {'0', '1'}
+
+
+@pytest.mark.parametrize('exits', [None, (), (2,)])
+def test_an_unknown_kind_of_head_is_refused(exits):
+    with pytest.raises(ValueError, match="exit_head='conv': unknown, expected one of bottleneck, bottleneck-wide"):
+        timm.create_model('test_resnet_sd', exit_head='conv', exits=exits)
 
 
 def test_upto_runs_no_further(tiny):

@@ -4,6 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from timm_selfdistill.metrics import exit_costs
+from timm_selfdistill.multi_exit import add_exits
 from timm_selfdistill.stages import Stage, choose_exits, count_macs, find_stages, meta_copy, take_taps
 
 
@@ -179,3 +181,10 @@ def test_attention_is_counted():
 def test_a_module_that_is_no_timm_model_is_refused():
     with pytest.raises(ValueError, match='Linear cannot be given exits'):
         find_stages(torch.nn.Linear(2, 2))
+
+
+def test_a_network_of_another_type_of_numbers_is_probed_in_it():
+    model = add_exits(timm.create_model('test_vit', num_classes=5).bfloat16()).eval()
+    logits = model.forward_exits(torch.randn(1, 3, 160, 160, dtype=torch.bfloat16))
+    assert [z.dtype for z in logits] == [torch.bfloat16] * model.num_exits
+    assert list(exit_costs(model)) == [*(f'exit{i}' for i in range(model.num_exits)), 'ensemble']

@@ -5,6 +5,8 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 
+from timm_selfdistill.heads import EXIT_HEADS
+from timm_selfdistill.losses import distillation_loss
 from timm_selfdistill.tasks import SelfDistillationTask
 
 
@@ -47,7 +49,9 @@ def test_projections_stay_out_of_the_model(tiny):
     task = make_task(tiny)
     assert set(task.get_eval_model().state_dict()) == before
     assert task.get_eval_model() is tiny
-    assert len(task.get_task_state()['projections']) == 4
+    widths = [head.num_features for head in tiny.exit_heads]
+    assert (widths, tiny.head_hidden_size) == ([96, 128], 96)
+    assert list(task.get_task_state()['projections']) == ['1.weight', '1.bias']  # where the widths differ
     assert len(make_task(tiny, hint_weight=0).trainable_module.projections) == 0
 
 
@@ -97,11 +101,144 @@ def test_soft_targets(tiny, batch):
     assert torch.allclose(task(batch[0], one_hot)['ce0'], hard(*batch)['ce0'])
 
 
+# -- teachers ---------------------------------------------------------------------------------------------------------
+
+
+def make_teacher(**kwargs):
+    return timm.create_model('test_resnet', num_classes=5, **kwargs)
+
+
+def test_a_teacher_is_frozen_and_stays_in_eval_mode(tiny, batch):
+    teacher = make_teacher().train()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    task = make_task(tiny, teacher=teacher, label_weight=0.5)
+    result = task(*batch)
+    result['loss'].backward()
+    assert not any(m.training for m in teacher.modules())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())  # batch norm's averages too
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert [n for n, p in task.trainable_module.named_parameters() if p.grad is None] == []
+    assert {f'teacher{i}' for i in range(3)} <= set(result)
+    own = {id(p) for p in task.trainable_module.parameters()}
+    assert not any(id(p) in own for p in teacher.parameters())
+
+
+def test_a_teacher_sees_the_same_images_as_it_expects_them(tiny):
+    """Classic distillation of images normalised for the student, by a teacher with a normalisation of its own."""
+    pixels = torch.rand(6, 3, 64, 64)
+    teacher = make_teacher(pretrained_cfg_overlay=dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))).eval()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+    their_mean, their_std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3)))
+    task = make_task(tiny, teacher=teacher, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), label_weight=0., alpha=0.)
+    result = task((pixels - mean) / std, torch.zeros(6, dtype=torch.long))
+    with torch.no_grad():
+        expected = distillation_loss(result['output'], teacher((pixels - their_mean) / their_std), 1.0)
+    assert result['teacher2'].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_teacher_of_other_classes_is_refused(tiny):
+    teacher = timm.create_model('test_resnet', num_classes=7)
+    with pytest.raises(ValueError, match='teacher test_resnet has 7 classes, the student test_resnet_sd 5'):
+        make_task(tiny, teacher=teacher)
+
+
+def test_an_average_of_the_weights_is_not_taught_by_a_copy_of_the_teacher(tiny):
+    task = make_task(tiny, teacher=make_teacher())
+    task.setup_ema(decay=0.5)
+    assert not any('teacher' in name for name in task.trainable_module_ema.state_dict())
+    assert not any('teacher' in name for name in task.get_checkpoint_state()['state_dict'])
+
+
+# -- what changes in the course of training ---------------------------------------------------------------------------
+
+
+def test_schedules_run_from_start_to_end(tiny):
+    task = make_task(tiny, alpha=0., alpha_end=0.8, temperature=4., temperature_end=2., hint_weight=0.,
+                     hint_weight_end=0.1, weighting='ramp')
+    shares = [tiny.stages[i].share for i in tiny.exits]
+    for progress, alpha, temperature, hint in ((0., 0., 4., 0.), (0.5, 0.4, 3., 0.05), (1., 0.8, 2., 0.1)):
+        task.set_progress(progress)
+        values = [task.loss_args[name] for name in ('alpha', 'temperature', 'hint_weight')]
+        assert values == pytest.approx([alpha, temperature, hint])
+        assert task.loss_args['weights'] == pytest.approx([0.01 + (s - 0.01) * progress for s in shares])
+    assert len(task.trainable_module.projections) == 2  # although the weight was 0 at first
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_in_gradient_equilibrium_a_section_learns_from_the_mean_of_the_exits_behind_it(tiny, batch):
+    images, target = batch[0].double(), batch[1]
+    tiny.double().eval()
+    of_exit = []
+    for i in range(3):
+        tiny.zero_grad()
+        torch.nn.functional.cross_entropy(tiny.forward_exits(images)[i], target).backward()
+        of_exit.append(gradients(tiny))
+    tiny.zero_grad()
+    task = make_task(tiny, alpha=0., hint_weight=0., weighting='equilibrium').eval()
+    task(images, target)['loss'].backward()
+    seen = set()
+    for name, gradient in gradients(tiny).items():
+        behind = [g[name] for g in of_exit if name in g]
+        scale = len(behind) if name.startswith('backbone') else 1
+        seen.add(scale)
+        assert torch.allclose(gradient, sum(behind) / scale, rtol=1e-9, atol=1e-14), name
+    assert seen == {1, 2, 3}
+
+
+@pytest.mark.parametrize('weighting', ['equal', 'equilibrium'])
+def test_in_the_last_phase_the_backbone_learns_from_the_deepest_exit_alone(tiny, batch, weighting):
+    images, target = batch[0].double(), batch[1]
+    tiny.double().eval()
+    torch.nn.functional.cross_entropy(tiny(images), target).backward()
+    plain = gradients(tiny)
+    tiny.zero_grad()
+    task = make_task(tiny, weighting=weighting).eval()
+    task.set_last_phase()
+    task(images, target)['loss'].backward()
+    for name, p in tiny.backbone.named_parameters():
+        assert torch.allclose(p.grad, plain[f'backbone.{name}'], rtol=1e-9, atol=1e-14), name
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tiny.exit_heads.parameters())
+    tiny.zero_grad()
+    task.set_last_phase(False)
+    task(images, target)['loss'].backward()
+    assert not torch.allclose(tiny.backbone.conv1[0].weight.grad, plain['backbone.conv1.0.weight'])
+
+
+# -- hints and heads --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('exit_head', EXIT_HEADS)
+@pytest.mark.parametrize('hint_on', ['features', 'maps'])
+def test_hints_of_every_kind_of_head(exit_head, hint_on, batch):
+    model = timm.create_model('test_resnet_sd', num_classes=5, exits=(2, 3), exit_head=exit_head)
+    task = make_task(model, hint_on=hint_on)
+    images = batch[0][..., :52, :60]  # sizes that no stride divides
+    result = task(images, batch[1])
+    result['loss'].backward()
+    assert result['hint0'] > 0
+    assert [n for n, p in task.named_parameters() if p.grad is None] == []
+    if exit_head == 'bottleneck-wide':  # as long as the deepest exit's features, so nothing is projected
+        assert hint_on == 'maps' or not list(task.trainable_module.projections.parameters())
+
+
 @pytest.mark.parametrize('setting, message', [
     (dict(alpha=1.5), 'alpha=1.5: expected a number from 0 to 1'),
     (dict(alpha=math.nan), 'alpha=nan'),
     (dict(temperature=0), 'temperature=0: expected a number greater than 0'),
     (dict(hint_weight=-1), 'hint_weight=-1: expected 0 or more'),
+    (dict(alpha_end=-0.1), 'alpha_end=-0.1: expected a number from 0 to 1'),
+    (dict(temperature_end=0), 'temperature_end=0: expected a number greater than 0'),
+    (dict(teacher_temperature=-1), 'teacher_temperature=-1: expected a number greater than 0'),
+    (dict(eta=1.2), 'eta=1.2: expected a number from 0 to 1'),
+    (dict(label_weight=-0.5), 'label_weight=-0.5: expected a number from 0 to 1'),
+    (dict(tolerance='tsd', k=6), 'k=6: expected a number from 2 to 5, the number of classes'),
+    (dict(tolerance='lax'), "tolerance='lax': unknown, expected one of None, tsd, label-smoothing, conf"),
+    (dict(exit_teacher='first'), "exit_teacher='first': unknown, expected one of deepest, ensemble, next, all"),
+    (dict(weighting='heavy'), "weighting='heavy': unknown, expected one of equal, cost, ramp, equilibrium"),
+    (dict(hint_on='logits'), "hint_on='logits': unknown, expected one of features, maps"),
 ])
 def test_settings_out_of_range_are_refused(tiny, setting, message):
     with pytest.raises(ValueError, match=message):

@@ -15,9 +15,10 @@ from conftest import noise_images
 from huggingface_hub import ModelCard
 
 from timm_selfdistill import trainer
+from timm_selfdistill.build import resolve_model_name
 from timm_selfdistill.config import ConfigError, TrainConfig, parse_train_config
 from timm_selfdistill.data import DataError
-from timm_selfdistill.trainer import NonFiniteLossError, resolve_model_name, train
+from timm_selfdistill.trainer import NonFiniteLossError, train
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
 TINY = dict(model='test_resnet', exits=(2, 3), epochs=1)

@@ -1,5 +1,5 @@
 """Multi-exit, self-distilled networks for any timm model. Importing registers `<name>_sd` with timm."""
-from . import registry
+from . import cifar, registry  # in this order: registry gives what it finds its `_sd` names
 from .heads import EXIT_HEADS
 from .multi_exit import MultiExit, add_exits
 from .stages import Stage, choose_exits, find_stages
@@ -14,6 +14,7 @@ __all__ = [
     'add_exits',
     'checkpoint_filter_fn',
     'choose_exits',
+    'cifar',
     'find_stages',
     'registry',
 ]

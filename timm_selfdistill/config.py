@@ -10,7 +10,28 @@ from typing import Any, Dict, Iterable, List, Literal, Optional, Sequence, Tuple
 import tyro
 import yaml
 
-__all__ = ['ConfigError', 'TrainConfig', 'nearest', 'parse_train_config']
+__all__ = ['PRESETS', 'ConfigError', 'TrainConfig', 'nearest', 'parse_train_config']
+
+_AUTHORS = dict(
+    opt='momentum', momentum=0.9, lr=0.1, weight_decay=5e-4, batch_size=128, sched='multistep', decay_rate=0.1,
+    warmup_epochs=0, crop='pad', hflip=0.5, method='byot', temperature=3.0,
+)
+# What the authors of Be Your Own Teacher trained CIFAR-100 networks with, by their two published code bases. Their
+# hints are a sum and a norm over a batch: 5e-7 times the sum over 128 images of 512 features is 0.0328 times their
+# mean; for 0.03 times the norm, which has no equal among means, 0.03 times the mean stands in.
+PRESETS: Dict[str, Dict[str, Any]] = {
+    'byot-scan': dict(
+        _AUTHORS, exit_head='bottleneck-wide', alpha=0.5, square_temperature=True, hint_weight=0.0328, epochs=200,
+        decay_milestones=[75, 130, 180],
+    ),
+    'byot-tpami': dict(
+        _AUTHORS, exit_head='separable', alpha=0.3, square_temperature=False, hint_weight=0.03, epochs=250,
+        decay_milestones=[83, 166, 240], aa='cifar10', cutout=16,
+    ),
+}
+
+# Shares of the cross entropy that are usual: the second paper's, and smoothing and penalty of a tenth.
+_ETA = {'tsd': 0.6, 'label-smoothing': 0.9, 'confidence-penalty': 0.9}
 
 
 class ConfigError(ValueError):
@@ -53,21 +74,55 @@ class TrainConfig:
     """Column of the images, where the data set leaves a choice."""
     label_column: Optional[str] = None
     """Column of the labels, where the data set leaves a choice."""
+    superclass_column: Optional[str] = None
+    """Column of the superclasses of the labels; with it generations tell how much of them a network knows."""
     val_fraction: float = 0.1
     """Part of the training data held out for validation where the data set has no such part."""
     workers: Optional[int] = None
     """Loader processes; when None, 4 with an accelerator and none on a CPU, which is busy with training."""
 
-    method: Literal['byot', 'deep-supervision', 'plain'] = 'byot'
-    """byot: the deepest exit teaches the others. deep-supervision: labels alone at every exit. plain: no exits."""
+    method: Literal['byot', 'deep-supervision', 'kd', 'plain'] = 'byot'
+    """byot: the deepest exit teaches the others. deep-supervision: labels alone at every exit. kd: no exits, --teacher
+    teaches. plain: no exits."""
     alpha: float = 0.5
     """Share of the divergence against the cross entropy at auxiliary exits."""
+    alpha_end: Optional[float] = None
+    """Value that --alpha reaches at the end of training, linearly; it stays as it is when None."""
     temperature: float = 3.0
     """Softens teacher and student in the divergence."""
+    temperature_end: Optional[float] = None
+    """Value that --temperature reaches, likewise."""
     square_temperature: bool = True
-    """Multiply the divergence by the squared temperature."""
+    """Multiply a divergence by its squared temperature."""
     hint_weight: float = 0.03
     """Weight of the mean squared distance between features."""
+    hint_weight_end: Optional[float] = None
+    """Value that --hint-weight reaches, likewise."""
+    hint_on: Literal['features', 'maps'] = 'features'
+    """What the hint compares: pooled features, or the maps before the pooling."""
+    exit_teacher: Literal['deepest', 'ensemble', 'next', 'all'] = 'deepest'
+    """Who teaches an auxiliary exit: the deepest exit, the mean of all, the next deeper one, or all deeper ones."""
+    exit_weights: Literal['equal', 'cost', 'ramp', 'equilibrium'] = 'equal'
+    """Weights of the auxiliary exits: equal; by their cost; rising from 0.01 to their share of the compute; equal with
+    gradients scaled so that each section of the network learns from the mean of the exits behind it."""
+    last_phase_epochs: int = 0
+    """Last epochs, of --epochs, in which the network learns from its deepest exit alone and the other exits follow."""
+
+    teacher: Optional[str] = None
+    """Network that teaches every exit: folder of a run, hf-hub:org/name, or a timm name with weights."""
+    label_weight: Optional[float] = None
+    """Share of the labels against the teacher; when None 0.6, for kd 0.1."""
+    teacher_temperature: Optional[float] = None
+    """Softens teacher and student; when None 1, for kd 4."""
+    patriarch: Literal['plain', 'tsd', 'label-smoothing', 'confidence-penalty'] = 'plain'
+    """What a network without a teacher minimises beside the cross entropy to keep secondary information: nothing, the
+    top score difference, the divergence from the uniform distribution, or the negative entropy."""
+    eta: Optional[float] = None
+    """Share of the cross entropy in a patriarch's loss; when None 0.6 for tsd, 0.9 for the others."""
+    tsd_k: int = 5
+    """Scores that the top score difference looks at, the largest included."""
+    generations: Optional[int] = None
+    """Train a patriarch, generation 0, and this many generations of students, each taught by the one before."""
 
     epochs: int = 20
     """Passes over the training data."""
@@ -108,7 +163,9 @@ class TrainConfig:
     color_jitter: float = 0.
     """Strength of timm's colour jitter."""
     aa: Optional[str] = None
-    """timm's augmentation policy, for example rand-m9-mstd0.5."""
+    """timm's augmentation policy, for example rand-m9-mstd0.5, or AutoAugment's cifar10 or svhn."""
+    cutout: int = 0
+    """Side in pixels of a square that is blotted out of every image."""
     reprob: float = 0.
     """Probability of random erasing."""
     mean: Optional[Tuple[float, ...]] = None
@@ -137,6 +194,8 @@ class TrainConfig:
     """Folder of runs."""
     experiment: Optional[str] = None
     """Name of this run's folder; date and model when None. Must not exist yet."""
+    resume: Optional[Literal['auto']] = None
+    """auto: go on with the generations in --experiment's folder, or begin them where there is none."""
     log_interval: int = 50
     """Steps between two looks at the loss on an accelerator; a CPU looks at every step."""
 
@@ -163,16 +222,22 @@ class TrainConfig:
             epochs=1, batch_size=1, lr=0, momentum=0, weight_decay=0, warmup_epochs=0, hint_weight=0, reprob=0, mixup=0,
             cutmix=0, smoothing=0, alpha=0, hflip=0, workers=0, num_classes=1, img_size=1, log_interval=1, seed=0,
             model_ema_decay=0, color_jitter=0, drop=0, drop_path=0, min_lr=0, warmup_lr=0, decay_rate=0, clip_grad=0,
-            layer_decay=0,
+            layer_decay=0, alpha_end=0, hint_weight_end=0, last_phase_epochs=0, label_weight=0, eta=0, tsd_k=2,
+            generations=0, cutout=0,
         )
-        at_most = dict(alpha=1, hflip=1, reprob=1, smoothing=1, model_ema_decay=1, drop=1, drop_path=1)
+        at_most = dict(
+            alpha=1, hflip=1, reprob=1, smoothing=1, model_ema_decay=1, drop=1, drop_path=1, alpha_end=1,
+            label_weight=1, eta=1, last_phase_epochs=self.epochs,
+        )
         for name, low in at_least.items():
             value, high = getattr(self, name), at_most.get(name)
             if value is not None and not low <= value <= (math.inf if high is None else high) or value == math.inf:
                 allowed = f'a number of {low} or more' if high is None else f'a number from {low} to {high}'
                 raise ConfigError(f'--{name.replace("_", "-")} {value}: expected {allowed}.')
-        if not self.temperature > 0:
-            raise ConfigError(f'--temperature {self.temperature}: expected more than 0.')
+        for name in ('temperature', 'temperature_end', 'teacher_temperature'):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f'--{name.replace("_", "-")} {value}: expected more than 0.')
         if self.in_chans not in (1, 3):
             raise ConfigError(f'--in-chans {self.in_chans}: expected 3 (colour) or 1 (grey).')
         for name in ('mean', 'std'):
@@ -184,10 +249,42 @@ class TrainConfig:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ConfigError(f'--scale {self.scale[0]} {self.scale[1]}: expected two rising numbers from 0 to 1.')
         self.model_arguments()
+        self._check_teaching()
+
+    def _check_teaching(self) -> None:
+        """Raise ConfigError for settings about teachers that exclude or need each other."""
+        if self.method == 'kd' and self.teacher is None:
+            raise ConfigError('--method kd: pass --teacher, the network that teaches.')
+        if self.teacher is not None and self.patriarch != 'plain':
+            raise ConfigError(
+                f'--patriarch {self.patriarch}: a patriarch has no teacher, and --teacher {self.teacher} was given.'
+            )
+        if self.teacher is not None and self.generations is not None:
+            raise ConfigError(
+                f'--teacher {self.teacher}: with --generations {self.generations} each generation teaches the next.')
+        for name in ('label_weight', 'teacher_temperature'):
+            if getattr(self, name) is not None and self.teacher is None and self.generations is None:
+                option = f'--{name.replace("_", "-")} {getattr(self, name)}'
+                raise ConfigError(f'{option}: there is no teacher; pass --teacher or --generations.')
+        if self.eta is not None and self.patriarch == 'plain':
+            others = ', '.join(_ETA)
+            raise ConfigError(f'--eta {self.eta}: --patriarch plain has the cross entropy alone; others are {others}.')
+        if self.resume is not None and (self.generations is None or self.experiment is None):
+            raise ConfigError('--resume auto: goes on with generations; pass --generations and --experiment.')
+
+    def teaching(self) -> Dict[str, Any]:
+        """Return what the settings say about labels, tolerance and teacher, defaults filled in."""
+        classic = self.method == 'kd'
+        return dict(
+            tolerance=None if self.patriarch == 'plain' else self.patriarch,
+            eta=self.eta if self.eta is not None else _ETA.get(self.patriarch, 1.0),
+            k=self.tsd_k,
+            label_weight=self.label_weight if self.label_weight is not None else 0.1 if classic else 0.6,
+            teacher_temperature=self.teacher_temperature or (4.0 if classic else 1.0),
+        )
 
 
-def _yaml_arguments(path: str) -> List[str]:
-    """Turn a YAML file of settings into command line arguments, so that one parser checks both."""
+def _read_yaml(path: str) -> Dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except OSError as e:
@@ -196,12 +293,17 @@ def _yaml_arguments(path: str) -> List[str]:
         raise ConfigError(f'--config {path}: not YAML: {e}') from e
     if not isinstance(settings or {}, dict):
         raise ConfigError(f'--config {path}: expected lines of "name: value".')
+    return settings or {}
+
+
+def _arguments(settings: Dict[str, Any], source: str) -> List[str]:
+    """Turn settings from elsewhere into command line arguments, so that one parser checks all."""
     names = [f.name for f in dataclasses.fields(TrainConfig)]
     arguments = []
-    for key, value in (settings or {}).items():
+    for key, value in settings.items():
         name = str(key).replace('-', '_')
         if name not in names:
-            raise ConfigError(f'--config {path}: there is no setting {key}{nearest(name, names)}.')
+            raise ConfigError(f'{source}: there is no setting {key}{nearest(name, names)}.')
         option = f'--{name.replace("_", "-")}'
         if isinstance(value, bool):
             arguments.append(option if value else f'--no-{option[2:]}')
@@ -215,7 +317,7 @@ def _yaml_arguments(path: str) -> List[str]:
 
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
-    """Read a `TrainConfig` from command line arguments; those of `-c/--config` files come first, so the rest wins.
+    """Read a `TrainConfig` from command line arguments; a `--preset` and `-c/--config` files give way to the rest.
 
     Raises:
         ConfigError: A setting is out of range, or a config file cannot be read.
@@ -223,12 +325,18 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     """
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument('-c', '--config', action='append', default=[])
+    files.add_argument('--preset')
     known, rest = files.parse_known_args(argv)
-    arguments = [argument for path in known.config for argument in _yaml_arguments(path)] + rest
+    if known.preset not in (None, *PRESETS):
+        raise ConfigError(f'--preset {known.preset}: unknown, expected one of {", ".join(PRESETS)}.')
+    arguments = _arguments(PRESETS.get(known.preset, {}), f'--preset {known.preset}')
+    for path in known.config:
+        arguments += _arguments(_read_yaml(path), f'--config {path}')
     config = tyro.cli(
         TrainConfig,
-        args=arguments,
-        description='Train a multi-exit network by self-distillation. -c/--config FILE reads defaults from YAML.',
+        args=arguments + rest,
+        description='Train a multi-exit network by self-distillation. -c/--config FILE reads defaults from YAML, '
+                    f'--preset {"|".join(PRESETS)} takes those of the authors of Be Your Own Teacher.',
     )
     config.check()
     return config

@@ -9,13 +9,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 import datasets
 import numpy as np
 import torch
-from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms
 
 __all__ = [
     'DIGITS', 'DataError', 'EpochBatches', 'ImageData', 'ImageSplit', 'UnreadableImageError', 'create_eval_loader',
-    'create_train_loader', 'eval_transform', 'load_digits', 'load_image_data', 'train_transform',
+    'create_train_loader', 'load_digits', 'load_image_data',
 ]
 
 DIGITS = 'digits'
@@ -136,6 +134,7 @@ class ImageData:
         label_names: Their names, where the data give them.
         image_size: Height and width of the first training image.
         mirrored: Whether a mirror image still shows the same class.
+        superclasses: Superclass of each class (num_classes,), where the data have them and they were asked for.
     """
     name: str
     train: ImageSplit
@@ -145,6 +144,13 @@ class ImageData:
     label_names: Optional[List[str]]
     image_size: Tuple[int, int]
     mirrored: bool = True
+    superclasses: Optional[np.ndarray] = None
+
+    def superclasses_of(self, num_classes: int) -> Optional[torch.Tensor]:
+        """Return `superclasses` for a network of more classes (num_classes,): those it alone knows are in none, -1."""
+        if self.superclasses is None:
+            return None
+        return torch.from_numpy(np.pad(self.superclasses, (0, num_classes - self.num_classes), constant_values=-1))
 
     def parts(self) -> Dict[str, ImageSplit]:
         """Return the parts that exist, by name."""
@@ -263,6 +269,28 @@ def _check_labels(split: ImageSplit, num_classes: int) -> None:
         )
 
 
+def _superclasses(table: datasets.Dataset, column: str, labels: np.ndarray, num_classes: int, name: str) -> np.ndarray:
+    """Find the one superclass of each class (num_classes,) in the training part."""
+    integers = [
+        c for c, f in table.features.items()
+        if isinstance(f, datasets.ClassLabel) or isinstance(f, datasets.Value) and f.dtype.startswith(('int', 'uint'))
+    ]
+    if column not in integers:
+        raise DataError(
+            f'--superclass-column {column}: {name} has no such column of class labels or whole numbers; it has: '
+            f'{", ".join(integers) or "none"}.'
+        )
+    values = np.asarray(table[column][:])
+    found = np.full(num_classes, -1)
+    for label in range(num_classes):
+        of_class = np.unique(values[labels == label])
+        if len(of_class) != 1:
+            problem = 'lies in several' if len(of_class) else 'has no training image, so its one is unknown'
+            raise DataError(f'--superclass-column {column}: each class needs one superclass, class {label} {problem}.')
+        found[label] = of_class[0]
+    return found
+
+
 def load_image_data(
         dataset: Optional[str] = None,
         data_dir: Optional[str] = None,
@@ -270,6 +298,7 @@ def load_image_data(
         label_column: Optional[str] = None,
         val_fraction: float = 0.1,
         in_chans: int = 3,
+        superclass_column: Optional[str] = None,
 ) -> ImageData:
     """Open a data set of labelled images.
 
@@ -282,9 +311,11 @@ def load_image_data(
         val_fraction: Part of the training data held out for validation where the data set has no such part; 0 holds
             out nothing.
         in_chans: Channels that images are converted to: 3, colour, or 1, grey.
+        superclass_column: Which column holds the superclass of the label; None where none is needed.
 
     Raises:
-        DataError: No such folder, columns missing or ambiguous, labels out of range, no training part.
+        DataError: No such folder, columns missing or ambiguous, labels out of range, no training part, a class without
+            one superclass.
     """
     if not 0 <= val_fraction < 1:
         raise DataError(f'--val-fraction {val_fraction}: expected 0 or more and less than 1.')
@@ -312,6 +343,9 @@ def load_image_data(
     for split in (train, validation, test):
         if split is not None:
             _check_labels(split, num_classes)
+    superclasses = None
+    if superclass_column is not None:
+        superclasses = _superclasses(opened['train'], superclass_column, train.labels, num_classes, name)
     if validation is None and val_fraction > 0:
         train, validation = _hold_out(train, val_fraction)
     width, height = train.image(0).size
@@ -324,53 +358,8 @@ def load_image_data(
         label_names=label_names,
         image_size=(height, width),
         mirrored=not (dataset in (None, DIGITS) and data_dir is None),
+        superclasses=superclasses,
     )
-
-
-def eval_transform(data_config: Dict[str, Any]) -> Callable:
-    """Return timm's evaluation transform for a data config (see `timm.data.resolve_data_config`)."""
-    return create_transform(**data_config, is_training=False)
-
-
-def train_transform(
-        data_config: Dict[str, Any],
-        crop: str = 'rrc',
-        hflip: float = 0.5,
-        scale: Tuple[float, float] = (0.08, 1.0),
-        color_jitter: float = 0.,
-        auto_augment: Optional[str] = None,
-        re_prob: float = 0.,
-) -> Callable:
-    """Return timm's training transform, or with `crop='pad'` one for small images.
-
-    Args:
-        data_config: See `timm.data.resolve_data_config`.
-        crop: `rrc` cuts a random part out and resizes it; `pad` resizes, pads an eighth of the size on every side with
-            black and cuts out the size again, as is usual on CIFAR.
-        hflip: Probability of mirroring.
-        scale: Range of the area that `rrc` cuts out.
-        color_jitter: Strength of timm's colour jitter.
-        auto_augment: timm's policy string, such as `rand-m9-mstd0.5` or `original`.
-        re_prob: Probability of random erasing.
-    """
-    config = {k: v for k, v in data_config.items() if k not in ('crop_pct', 'crop_mode')}
-    spatial, colour, final = create_transform(
-        **config,
-        is_training=True,
-        separate=True,
-        hflip=hflip,
-        scale=tuple(scale),
-        color_jitter=color_jitter or None,
-        auto_augment=auto_augment,
-        re_prob=re_prob,
-    )
-    if crop == 'pad':
-        size = data_config['input_size'][-2:]
-        resize = eval_transform(dict(data_config, crop_pct=1.0)).transforms[:2]  # shorter side to size, centre crop
-        pad_crop = transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))
-        flip = [transforms.RandomHorizontalFlip(hflip)] if hflip > 0 else []
-        spatial = transforms.Compose([*resize, pad_crop, *flip])
-    return transforms.Compose([spatial, colour, final])
 
 
 class EpochBatches(Sampler):

@@ -1,11 +1,11 @@
 """ExitNetwork: a multi-exit network cut off at one of its exits."""
 import copy
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 
-from .heads import ExitHead
+from .heads import ExitHead, chain_logits
 from .stages import copy_model, feature_dicts, take_taps
 from .wrapper import BackboneWrapper, cfg_without_weights
 
@@ -20,11 +20,15 @@ class ExitNetwork(BackboneWrapper):
 
     Args:
         backbone: A timm model; copied, then pruned.
-        head: The exit's head; copied.
+        heads: The exit's head, after those of all earlier exits if it takes their logits; copied.
         number: Number of the exit.
-        stage: Index of `feature_info` after which the exit stands.
+        taps: Indices of `feature_info` after which these heads stand.
         architecture: Name of the multi-exit network.
         args: Arguments that rebuild the multi-exit network.
+
+    Attributes:
+        head: The exit's head.
+        exit_heads: Heads of the earlier exits, for a head that takes their logits. No gradient reaches them from here.
     """
 
     pruned = True
@@ -34,19 +38,20 @@ class ExitNetwork(BackboneWrapper):
     def __init__(
             self,
             backbone: nn.Module,
-            head: ExitHead,
+            heads: Sequence[ExitHead],
             number: int,
-            stage: int,
+            taps: Sequence[int],
             architecture: str,
             args: Dict[str, Any],
     ):
         # first a copy of the structure alone, so that what is pruned is never copied
         backbone = copy_model(backbone, {id(t): t for t in (*backbone.parameters(), *backbone.buffers())})
-        backbone.prune_intermediate_layers([stage], prune_norm=True, prune_head=True)
+        backbone.prune_intermediate_layers(list(taps), prune_norm=True, prune_head=True)
         super().__init__(copy.deepcopy(backbone))
-        self.head = copy.deepcopy(head)
+        *earlier, self.head = copy.deepcopy(list(heads))
+        self.exit_heads = nn.ModuleList(earlier)
         self.number = number
-        self.stage = stage
+        self.taps = tuple(taps)
         self._args = dict(args, truncate=number)
         self.pretrained_cfg = cfg_without_weights(backbone, architecture)
 
@@ -62,10 +67,10 @@ class ExitNetwork(BackboneWrapper):
 
     @property
     def feature_info(self) -> List[Dict[str, Any]]:
-        return list(feature_dicts(self.backbone))[:self.stage + 1]
+        return list(feature_dicts(self.backbone))[:self.taps[-1] + 1]
 
     def classifiers(self) -> Tuple[str, ...]:
-        return ('head.fc',)
+        return (*(f'exit_heads.{i}.fc' for i in range(len(self.exit_heads))), 'head.fc')
 
     def wrapper_args(self) -> Dict[str, Any]:
         return self._args
@@ -85,24 +90,31 @@ class ExitNetwork(BackboneWrapper):
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Give the exit a fresh classifier. Its pooling is the head's own and stays; `global_pool` is not used."""
         like = next(self.backbone.parameters())
-        self.head.reset_classifier(num_classes, device=like.device, dtype=like.dtype)
+        for head in (*self.exit_heads, self.head):
+            head.reset_classifier(num_classes, device=like.device, dtype=like.dtype)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: torch.Tensor) -> Union[torch.Tensor, List[torch.Tensor]]:
         """Map images (N, C, H, W) to the feature map that the exit's head takes (N, C, H, W).
+
+        Where there are `exit_heads`, it is the list of the maps that all the heads take, shallow to deep.
 
         Raises:
             ValueError: The backbone does not take images of this shape.
         """
         try:
-            return take_taps(self.backbone, x, [self.stage])[0]
+            maps = take_taps(self.backbone, x, self.taps)
         except (AssertionError, RuntimeError) as error:
             self.explain_refusal(x, error)
             raise
+        return maps if len(self.exit_heads) else maps[0]
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Map the feature map to logits (N, num_classes), or to what the classifier sees (N, num_features)."""
-        features = self.head.forward_features(x)
-        return features if pre_logits else self.head.forward_head(features)
+    def forward_head(self, x: Union[torch.Tensor, List[torch.Tensor]], pre_logits: bool = False) -> torch.Tensor:
+        """Map what `forward_features` gives to logits (N, num_classes), or to the pooled vector (N, num_features)."""
+        maps = x if len(self.exit_heads) else [x]
+        if pre_logits:
+            return self.head.forward_features(maps[-1])
+        heads = (*self.exit_heads, self.head)
+        return chain_logits(heads, [head.forward_features(m) for head, m in zip(heads, maps)])[-1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (N, C, H, W) to logits (N, num_classes)."""

@@ -1,5 +1,6 @@
 """Exit heads: from a feature map inside the network to logits."""
-from typing import Any, Dict, List, Optional, Sequence
+import math
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -8,24 +9,46 @@ from timm.layers import ConvNormAct, LayerNorm2d, SelectAdaptivePool2d, Separabl
 
 from .stages import Stage
 
-__all__ = ['EXIT_HEADS', 'BottleneckHead', 'ExitHead', 'LinearHead', 'create_exit_head', 'head_settings']
+__all__ = [
+    'EXIT_HEADS',
+    'BottleneckHead',
+    'CascadeHead',
+    'ExitHead',
+    'LinearHead',
+    'PooledHead',
+    'SeparableHead',
+    'chain_logits',
+    'create_exit_head',
+    'exit_head_kind',
+    'head_settings',
+]
+
+MAX_POOLED = 4096  # longest vector of a PooledHead; for 1,000 classes that is 4 M weights already
 
 
 class ExitHead(nn.Module):
-    """Base of the exit heads: a map to a pooled vector, then dropout and a linear classifier.
+    """Base of the exit heads: a map, its pooled vector, then dropout and a linear classifier.
 
-    A kind of head says in `forward_features` how it gets from the map (N, in_chs, H, W) to the vector (N, width).
-
-    Its constructor ends with `reset_classifier`.
+    A kind of head says in `forward_map` what it makes of the feature map that it is given. Its constructor ends with
+    `reset_classifier`.
 
     Args:
         width: Length of the pooled vector.
         drop_rate: Dropout before the classifier.
+        map_chs: Channels of the map before the pooling; `width` when None.
+
+    Attributes:
+        num_features: Length of the pooled vector.
+        map_chs: Channels of the map before the pooling.
+        takes_logits: Whether the classifier also takes the logits of the exit before.
     """
 
-    def __init__(self, width: int, drop_rate: float = 0.):
+    takes_logits = False
+
+    def __init__(self, width: int, drop_rate: float = 0., map_chs: Optional[int] = None):
         super().__init__()
         self.num_features = width
+        self.map_chs = width if map_chs is None else map_chs
         self.drop_rate = drop_rate
         self.pool = SelectAdaptivePool2d(pool_type='avg', flatten=True)
 
@@ -39,18 +62,42 @@ class ExitHead(nn.Module):
         self.num_classes = num_classes
         self.fc = nn.Identity()
         if num_classes > 0:
-            self.fc = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype)
+            width = self.num_features + (num_classes if self.takes_logits else 0)
+            self.fc = nn.Linear(width, num_classes, device=device, dtype=dtype)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (N, in_chs, H, W) to the pooled vector (N, width)."""
+    def forward_map(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, in_chs, H, W) to the map before the pooling (N, map_chs, h, w)."""
         raise NotImplementedError
 
-    def forward_head(self, features: torch.Tensor) -> torch.Tensor:
-        """Map the pooled vector (N, width) to logits (N, num_classes)."""
-        return self.fc(F.dropout(features, self.drop_rate, self.training))
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, in_chs, H, W) to the pooled vector (N, num_features)."""
+        return self.pool(self.forward_map(x))
+
+    def forward_head(self, features: torch.Tensor, previous: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Map the pooled vector to logits.
+
+        Args:
+            features: Pooled vector (N, num_features).
+            previous: Logits of the exit before (N, num_classes); only a head that `takes_logits` looks at them.
+
+        Returns:
+            Logits (N, num_classes).
+        """
+        features = F.dropout(features, self.drop_rate, self.training)
+        if self.takes_logits and self.num_classes > 0:
+            previous = previous.detach()
+            features = torch.cat((features, F.layer_norm(previous, previous.shape[-1:])), dim=1)
+        return self.fc(features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _norm_act(batch_norm: bool) -> Dict[str, Any]:
+    return dict(
+        norm_layer=nn.BatchNorm2d if batch_norm else LayerNorm2d,
+        act_layer=nn.ReLU if batch_norm else nn.GELU,
+    )
 
 
 class BottleneckHead(ExitHead):
@@ -58,18 +105,20 @@ class BottleneckHead(ExitHead):
 
     1×1 convolution to a narrow width, then a k×k convolution of stride k that brings the map to the resolution of the
     network's last stage, each with norm and activation; average pooling; linear classifier. The authors widen once
-    more to the deepest stage's channels before the classifier. Here that widening is the hint's projection, which
-    belongs to the training task, so that inference does not pay for it.
+    more to the deepest stage's channels before the classifier, which `widen_to` does. Without it that widening is the
+    hint's projection, which belongs to the training task, so that inference does not pay for it.
 
     Args:
         in_chs: Channels of the feature map.
         num_classes: Classes; 0 leaves the classifier out.
         stride: Height of this map over the height of the network's last map. More than 8 is left to the pooling: it
             would cost as many multiply-adds and far more parameters.
-        width: Channels inside the head, and length of its feature vector.
+        width: Channels inside the head, and length of its feature vector unless it widens.
         batch_norm: Normalise by batch, with ReLU, as the authors do; otherwise each position by itself, with GELU.
         depthwise: Split the k×k convolution into a depthwise and a 1×1 one.
         drop_rate: Dropout before the classifier.
+        widen_to: Length of the feature vector, reached by a last 1×1 convolution; None leaves it out.
+        **unused: What other heads need to fit the network.
     """
 
     def __init__(
@@ -81,29 +130,96 @@ class BottleneckHead(ExitHead):
             batch_norm: bool = True,
             depthwise: bool = False,
             drop_rate: float = 0.,
+            widen_to: Optional[int] = None,
+            **unused: Any,
     ):
-        super().__init__(width, drop_rate)
+        super().__init__(width if widen_to is None else widen_to, drop_rate)
         stride = min(stride, 8)
-        kwargs = dict(
-            norm_layer=nn.BatchNorm2d if batch_norm else LayerNorm2d,
-            act_layer=nn.ReLU if batch_norm else nn.GELU,
-        )
+        kwargs = _norm_act(batch_norm)
         conv = SeparableConvNormAct if depthwise and stride > 1 else ConvNormAct
         self.stride = stride
         self.reduce = ConvNormAct(in_chs, width, kernel_size=1, **kwargs)
         self.down = conv(width, width, kernel_size=stride, stride=stride, padding=0, **kwargs)
+        self.widen = nn.Identity() if widen_to is None else ConvNormAct(width, widen_to, kernel_size=1, **kwargs)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
         self.reset_classifier(num_classes)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (N, in_chs, H, W) to the pooled vector (N, width) that the classifier sees."""
+    def forward_map(self, x: torch.Tensor) -> torch.Tensor:
         x = self.reduce(x)
         right, below = -x.shape[-1] % self.stride, -x.shape[-2] % self.stride
         if right or below:  # a map that the stride does not divide would lose its edge
             x = F.pad(x, (0, right, 0, below))
-        return self.pool(self.down(x))
+        return self.widen(self.down(x))
+
+
+class CascadeHead(BottleneckHead):
+    """A bottleneck whose classifier also sees the logits of the exit before.
+
+    The cascade connection of Zero Time Waste (Wołczyk et al., NeurIPS 2021, arXiv 2106.05409): what an exit has found
+    is not thrown away when an image goes on. The logits are normalised by layer norm and detached: no exit learns to
+    serve those behind it.
+
+    Args:
+        *args: See `BottleneckHead`.
+        first: There is no exit before this one.
+        **kwargs: See `BottleneckHead`.
+    """
+
+    def __init__(self, *args: Any, first: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.takes_logits = not first
+        self.reset_classifier(self.num_classes)
+
+
+class SeparableHead(ExitHead):
+    """Attention and stacked separable convolutions, the head of the authors' later work.
+
+    SCAN (Zhang et al., NeurIPS 2019, arXiv 1906.03951). A gate for every value of the map comes from a separable
+    convolution of stride 2, norm, activation, upsampling and a sigmoid, and multiplies the map. Then separable
+    convolutions of stride 2 follow, each with norm and activation, one for every halving on the way to the resolution
+    of the network's last stage, but at least one convolution; average pooling; linear classifier. Channels double with
+    every halving, as the trunk's do.
+
+    Args:
+        in_chs: Channels of the feature map.
+        num_classes: Classes; 0 leaves the classifier out.
+        stride: Height of this map over the height of the network's last map. What is no power of two is left to the
+            pooling.
+        batch_norm: Normalise by batch, with ReLU, as the authors do; otherwise each position by itself, with GELU.
+        drop_rate: Dropout before the classifier.
+        deep_chs: Channels of the network's last map, where the doubling ends; None leaves it without end.
+        **unused: What other heads need to fit the network.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            num_classes: int,
+            stride: int = 1,
+            batch_norm: bool = True,
+            drop_rate: float = 0.,
+            deep_chs: Optional[int] = None,
+            **unused: Any,
+    ):
+        halvings = int(math.log2(stride))
+        chs = [min(in_chs * 2 ** i, max(in_chs, deep_chs or math.inf)) for i in range(halvings + 1)]
+        super().__init__(chs[-1], drop_rate)
+        kwargs = dict(_norm_act(batch_norm), kernel_size=3)
+        self.attend = SeparableConvNormAct(in_chs, in_chs, stride=2, **kwargs)
+        self.down = nn.Sequential(
+            *(SeparableConvNormAct(a, b, stride=2, **kwargs) for a, b in zip(chs, chs[1:])),
+            *([] if halvings else [SeparableConvNormAct(in_chs, in_chs, **kwargs)]),
+        )
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
+        self.reset_classifier(num_classes)
+
+    def forward_map(self, x: torch.Tensor) -> torch.Tensor:
+        gate = F.interpolate(self.attend(x), size=x.shape[-2:], mode='bilinear', align_corners=False)
+        return self.down(x * gate.sigmoid())
 
 
 class LinearHead(ExitHead):
@@ -130,15 +246,99 @@ class LinearHead(ExitHead):
         self.norm = nn.Identity() if batch_norm else LayerNorm2d(in_chs)
         self.reset_classifier(num_classes)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (N, in_chs, H, W) to the pooled vector (N, in_chs) that the classifier sees."""
-        return self.pool(self.norm(x))
+    def forward_map(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
 
 
-EXIT_HEADS = dict(
-    bottleneck=BottleneckHead,
-    linear=LinearHead,
-)
+class MixedPool2d(nn.Module):
+    """Learned mix of max and average pooling to a small grid, flattened (Lee et al., AISTATS 2016, arXiv 1509.08985).
+
+    Args:
+        size: Height and width of the grid.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.mix = nn.Parameter(torch.zeros(1))  # a sigmoid makes it the share of the maximum, at first one half
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, C, H, W) to (N, C·size²)."""
+        mean, peak = F.adaptive_avg_pool2d(x, self.size), F.adaptive_max_pool2d(x, self.size)
+        return (mean + self.mix.sigmoid() * (peak - mean)).flatten(1)  # lerp() refuses autocast's mixed dtypes
+
+
+class PooledHead(LinearHead):
+    """The internal classifier of Shallow-Deep Networks (Kaya et al., ICML 2019, arXiv 1810.07052).
+
+    A learned mix of max and average pooling brings the map to a small grid, which a linear classifier takes as one
+    vector: it still sees where in the image something is, and needs no multiply-adds but its own. The grid is 4×4 or
+    smaller: no larger than the network's last map, and such that the vector has at most 4,096 entries.
+
+    Args:
+        in_chs: Channels of the feature map.
+        num_classes: Classes; 0 leaves the classifier out.
+        batch_norm: See `LinearHead`.
+        drop_rate: Dropout before the classifier.
+        deep_size: Height and width of the network's last map.
+        **unused: What other heads need to fit the network.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            num_classes: int,
+            batch_norm: bool = True,
+            drop_rate: float = 0.,
+            deep_size: Sequence[int] = (4, 4),
+            **unused: Any,
+    ):
+        super().__init__(in_chs, 0, batch_norm, drop_rate)
+        size = max(1, min(4, *deep_size, math.isqrt(MAX_POOLED // in_chs)))
+        self.num_features = in_chs * size ** 2
+        self.pool = MixedPool2d(size)
+        self.reset_classifier(num_classes)
+
+
+def wide_bottleneck_head(
+        in_chs: int,
+        num_classes: int,
+        stride: int = 1,
+        deep_features: Optional[int] = None,
+        **kwargs: Any,
+) -> BottleneckHead:
+    """Create the head of Be Your Own Teacher to the letter: a bottleneck that widens to the deepest exit's features.
+
+    Args:
+        in_chs: Channels of the feature map.
+        num_classes: Classes; 0 leaves the classifier out.
+        stride: Height of this map over the height of the network's last map.
+        deep_features: Length of the deepest exit's feature vector; channels are taken to double with every halving
+            when None.
+        **kwargs: See `BottleneckHead`.
+    """
+    return BottleneckHead(in_chs, num_classes, stride, widen_to=deep_features or in_chs * stride, **kwargs)
+
+
+EXIT_HEADS: Dict[str, Callable[..., ExitHead]] = {
+    'bottleneck': BottleneckHead,
+    'bottleneck-wide': wide_bottleneck_head,
+    'cascade': CascadeHead,
+    'linear': LinearHead,
+    'pooled': PooledHead,
+    'separable': SeparableHead,
+}
+
+
+def exit_head_kind(name: str) -> Callable[..., ExitHead]:
+    """Look up what creates exit heads of a kind.
+
+    Raises:
+        ValueError: The name is unknown; the message lists those that exist.
+    """
+    if name not in EXIT_HEADS:
+        raise ValueError(f'exit_head={name!r}: unknown, expected one of {", ".join(sorted(EXIT_HEADS))}.')
+    return EXIT_HEADS[name]
 
 
 def create_exit_head(name: str, **kwargs: Any) -> ExitHead:
@@ -147,9 +347,23 @@ def create_exit_head(name: str, **kwargs: Any) -> ExitHead:
     Raises:
         ValueError: The name is unknown; the message lists those that exist.
     """
-    if name not in EXIT_HEADS:
-        raise ValueError(f'exit_head={name!r}: unknown, expected one of {", ".join(sorted(EXIT_HEADS))}.')
-    return EXIT_HEADS[name](**kwargs)
+    return exit_head_kind(name)(**kwargs)
+
+
+def chain_logits(heads: Iterable[ExitHead], features: Iterable[torch.Tensor]) -> List[torch.Tensor]:
+    """Classify at successive exits, each of which is given the logits of the one before.
+
+    Args:
+        heads: Heads of all exits from the first on.
+        features: Their pooled vectors, each (N, num_features).
+
+    Returns:
+        Logits of every exit, each (N, num_classes).
+    """
+    logits: List[torch.Tensor] = []
+    for head, vector in zip(heads, features):
+        logits.append(head.forward_head(vector, logits[-1] if logits else None))
+    return logits
 
 
 def head_settings(backbone: nn.Module, stages: Sequence[Stage]) -> List[Dict[str, Any]]:
@@ -168,13 +382,18 @@ def head_settings(backbone: nn.Module, stages: Sequence[Stage]) -> List[Dict[str
         isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 and max(m.kernel_size) > 1 for m in modules
     )
     drop_rate = getattr(backbone, '_model_args', {}).get('drop_rate', getattr(backbone, 'drop_rate', 0.))
+    last = stages[-1]
+    num_features = getattr(backbone, 'num_features', last.num_chs)
     return [
         dict(
             in_chs=stage.num_chs,
-            stride=max(1, stage.size[0] // stages[-1].size[0]),
+            stride=max(1, stage.size[0] // last.size[0]),
             width=min(128, 2 * stage.num_chs),  # the authors' 128, unless the whole map is much narrower
             batch_norm=batch_norm,
             depthwise=depthwise,
             drop_rate=drop_rate,
+            deep_chs=last.num_chs,
+            deep_size=last.size,
+            deep_features=getattr(backbone, 'head_hidden_size', num_features),
         ) for stage in stages
     ]

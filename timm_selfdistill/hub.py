@@ -15,15 +15,26 @@ from timm.models._hub import save_config_for_hf
 from .config import ConfigError
 from .multi_exit import MultiExit
 
-__all__ = ['CARD_TEMPLATE', 'load_checkpoint', 'save_model', 'write_card']
+__all__ = ['CARD_TEMPLATE', 'load_checkpoint', 'load_network', 'save_model', 'write_card']
 
 CARD_TEMPLATE = Path(__file__).parent / 'templates' / 'card.md'
 
 _METHODS = {
     'byot': 'self-distillation (the deepest exit teaches the others)',
     'deep-supervision': 'deep supervision (labels alone at every exit)',
+    'kd': 'distillation from another network',
     'plain': 'plain training',
 }
+
+
+def _describe_method(settings: Dict[str, Any]) -> str:
+    """Say in words how a run trained."""
+    words = _METHODS[settings['method']]
+    if settings.get('teacher'):
+        return f'{words}, taught by {settings["teacher"]}'
+    if settings.get('patriarch', 'plain') != 'plain':
+        return f'{words}, as a tolerant patriarch ({settings["patriarch"]})'
+    return words
 
 
 def save_model(
@@ -59,8 +70,8 @@ def save_model(
             os.replace(Path(beside, name), folder / name)
 
 
-def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
-    """Load a multi-exit network.
+def load_network(checkpoint: str) -> Tuple[nn.Module, Optional[Path]]:
+    """Load a network with its weights, one with exits or any other of timm.
 
     Args:
         checkpoint: Folder of a run, or a name that timm knows: `hf-hub:org/name`, `local-dir:folder`, `name.tag`.
@@ -70,7 +81,7 @@ def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
 
     Raises:
         FileNotFoundError: The folder lacks config or weights.
-        ConfigError: What was loaded has no exits.
+        RuntimeError: timm does not know the name, or has no weights for it.
     """
     source, _, rest = checkpoint.partition(':')
     path = Path(rest if source == 'local-dir' else checkpoint)
@@ -79,13 +90,27 @@ def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
         for name in ('config.json', 'model.safetensors'):
             if not (path / name).is_file():
                 raise FileNotFoundError(
-                    f'--checkpoint {checkpoint}: there is no {name} in {path}. Expected the folder of a run, or a '
-                    f'name of the form hf-hub:org/name.'
+                    f'there is no {name} in {path}. Expected the folder of a run, or a name of the form '
+                    f'hf-hub:org/name.'
                 )
     model = timm.create_model(f'local-dir:{path}' if local else checkpoint, pretrained=True)
+    return model.eval(), path if local else None
+
+
+def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
+    """Load a multi-exit network, see `load_network`.
+
+    Raises:
+        FileNotFoundError: The folder lacks config or weights.
+        ConfigError: What was loaded has no exits.
+    """
+    try:
+        model, path = load_network(checkpoint)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f'--checkpoint {checkpoint}: {e}') from e
     if not isinstance(model, MultiExit):
         raise ConfigError(f'--checkpoint {checkpoint}: {type(model).__name__} is a network without exits.')
-    return model.eval(), path if local else None
+    return model, path
 
 
 def write_card(
@@ -138,7 +163,7 @@ def write_card(
         title=f'{architecture} on {dataset}',
         architecture=architecture,
         base=architecture.removesuffix('_sd'),
-        method=_METHODS[settings['method']],
+        method=_describe_method(settings),
         dataset=dataset,
         split=split,
         rows=rows,

@@ -1,14 +1,33 @@
-"""The terms of Be Your Own Teacher (Zhang et al., ICCV 2019, arXiv 1905.08094) as pure functions of tensors.
+"""The terms of both papers as pure functions of tensors.
 
-Every term is a mean over the images of a batch, so that its value depends neither on the batch size nor on how a batch
-is split over processes. The teacher's side of every term is detached.
+Be Your Own Teacher (Zhang et al., ICCV 2019, arXiv 1905.08094) and the tolerant teacher (Yang et al., AAAI 2019,
+arXiv 1805.05551). Every term is a mean over the images of a batch, so that its value depends neither on the batch size
+nor on how a batch is split over processes. The teacher's side of every term is detached.
 """
-from typing import Callable, Dict, Optional, Sequence, Tuple
+import math
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['distillation_loss', 'hint_loss', 'self_distillation_loss']
+__all__ = [
+    'EXIT_TEACHERS',
+    'EXIT_WEIGHTS',
+    'TOLERANCES',
+    'confidence_penalty',
+    'distillation_loss',
+    'eta_for_top_score',
+    'exit_teachers',
+    'exit_weights',
+    'hint_loss',
+    'self_distillation_loss',
+    'supervision_terms',
+    'top_score_difference',
+    'uniform_divergence',
+]
+
+EXIT_TEACHERS = ('deepest', 'ensemble', 'next', 'all')
+EXIT_WEIGHTS = ('equal', 'cost', 'ramp', 'equilibrium')
 
 
 def distillation_loss(
@@ -38,19 +57,175 @@ def distillation_loss(
 
 
 def hint_loss(student_features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance between feature vectors, the hint.
+    """Mean squared distance between feature vectors or maps, the hint.
 
     The authors' code sums; its 5e-7 times the sum over 128 images of 512 features is 0.03 times this mean, which unlike
     a sum does not change with the batch size.
 
     Args:
-        student_features: (N, num_features).
-        teacher_features: (N, num_features), taken as constant.
+        student_features: (N, num_features) or (N, num_features, H, W).
+        teacher_features: Of the same shape, taken as constant.
 
     Returns:
-        Mean over images and features, a scalar.
+        Mean over images, features and places, a scalar.
     """
     return F.mse_loss(student_features, teacher_features.detach())
+
+
+def top_score_difference(logits: torch.Tensor, k: int = 5) -> torch.Tensor:
+    """Top score difference, the bracket of the tolerant patriarch's loss (Yang et al., AAAI 2019, arXiv 1805.05551).
+
+        f_(1) − 1/(K−1) · Σ_{k=2..K} f_(k)        f = softmax(z), f_(k) its k-th largest
+
+    Args:
+        logits: (N, num_classes).
+        k: K, how many of the largest scores count, the first included.
+
+    Returns:
+        One value an image, 0 to 1, (N,).
+
+    Raises:
+        ValueError: K is less than 2 or more than the classes.
+    """
+    if not 2 <= k <= logits.shape[-1]:
+        raise ValueError(f'k={k}: expected a number from 2 to {logits.shape[-1]}, the number of classes.')
+    top = logits.softmax(-1).topk(k, dim=-1).values
+    return top[..., 0] - top[..., 1:].mean(-1)
+
+
+def uniform_divergence(logits: torch.Tensor) -> torch.Tensor:
+    """KL(uniform ‖ softmax(z)) of every image, (N,): what label smoothing adds to the cross entropy."""
+    return -logits.log_softmax(-1).mean(-1) - math.log(logits.shape[-1])
+
+
+def confidence_penalty(logits: torch.Tensor) -> torch.Tensor:
+    """Negative entropy of softmax(z) of every image in nats, (N,) (Pereyra et al., 2017, arXiv 1701.06548)."""
+    log_p = logits.log_softmax(-1)
+    return (log_p.exp() * log_p).sum(-1)
+
+
+# What a tolerant patriarch minimises beside the cross entropy, by the name of the term.
+TOLERANCES = ('tsd', 'label-smoothing', 'confidence-penalty')
+
+
+def _tolerance(kind: str, logits: torch.Tensor, k: int) -> torch.Tensor:
+    if kind == 'tsd':
+        return top_score_difference(logits, k)
+    return uniform_divergence(logits) if kind == 'label-smoothing' else confidence_penalty(logits)
+
+
+def eta_for_top_score(kind: str, top_score: float, num_classes: int, k: int = 5) -> float:
+    """Give the η at which a patriarch is best off with a certain score for the label: patriarchs of equal softness.
+
+    It solves for η where the derivative of η·CE + (1−η)·tolerance by the label's score is zero, all other scores (TSD:
+    the runners-up, the rest nothing) being equal. TSD's optimum min(1, η(K−1) / ((1−η)K)) has a cap; the others' have
+    none.
+
+    Args:
+        kind: One of `TOLERANCES`.
+        top_score: Score of the label at the optimum, more than 1/num_classes (TSD: more than 1/K) and less than 1.
+        num_classes: Classes.
+        k: K of the top score difference.
+
+    Raises:
+        ValueError: The score cannot be the largest, or the kind is unknown.
+    """
+    if kind not in TOLERANCES:
+        raise ValueError(f'{kind!r}: unknown, expected one of {", ".join(TOLERANCES)}.')
+    shared = k if kind == 'tsd' else num_classes
+    if not 1 / shared < top_score < 1:
+        raise ValueError(f'top_score={top_score}: expected more than {1 / shared:g} and less than 1.')
+    if kind == 'tsd':
+        return top_score * k / (top_score * k + k - 1)
+    if kind == 'label-smoothing':
+        return (top_score - 1 / num_classes) / (1 - 1 / num_classes)
+    pull = top_score * math.log(top_score * (num_classes - 1) / (1 - top_score))
+    return pull / (1 + pull)
+
+
+def supervision_terms(
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
+        tolerance: Optional[str] = None,
+        eta: float = 1.0,
+        k: int = 5,
+        teacher_logits: Optional[torch.Tensor] = None,
+        label_weight: float = 1.0,
+        teacher_temperature: float = 1.0,
+        square_temperature: bool = True,
+) -> Dict[str, Tuple[float, torch.Tensor]]:
+    """What one exit learns from the labels and from a teacher outside the network.
+
+        patriarch   η·CE(z, y) + (1−η)·tolerance(z)
+        student     λ·CE(z, y) + (1−λ)·KL(z_teacher ‖ z)
+
+    A student of a teacher at temperature T and λ is also classic distillation (Hinton et al., 2015, arXiv 1503.02531).
+    A term whose weight is 0 is not computed.
+
+    Args:
+        logits: (N, num_classes).
+        target: Labels (N,), or class probabilities (N, num_classes) if `criterion` takes them.
+        criterion: Loss against the labels.
+        tolerance: What the patriarch minimises besides, one of `TOLERANCES`, None for nothing.
+        eta: η, share of the cross entropy against the tolerance, 0 to 1.
+        k: K of the top score difference.
+        teacher_logits: (N, num_classes), taken as constant; None without a teacher.
+        label_weight: λ, share of the labels against the teacher, 0 to 1.
+        teacher_temperature: Softens student and teacher.
+        square_temperature: See `distillation_loss`.
+
+    Returns:
+        Weight and mean over the images of each term by name: `ce`, the tolerance's own, `teacher`.
+    """
+    eta = eta if tolerance is not None else 1.0
+    label_weight = label_weight if teacher_logits is not None else 1.0
+    terms: Dict[str, Tuple[float, torch.Tensor]] = {}
+    if label_weight * eta > 0:
+        terms['ce'] = label_weight * eta, criterion(logits, target)
+    if label_weight * (1 - eta) > 0:
+        terms[tolerance] = label_weight * (1 - eta), _tolerance(tolerance, logits, k).mean()
+    if label_weight < 1:
+        divergence = distillation_loss(logits, teacher_logits, teacher_temperature, square_temperature)
+        terms['teacher'] = 1 - label_weight, divergence
+    return terms
+
+
+def exit_teachers(logits: Sequence[torch.Tensor], kind: str = 'deepest') -> List[List[torch.Tensor]]:
+    """Say who teaches each auxiliary exit.
+
+    Args:
+        logits: One tensor (N, num_classes) an exit, shallow to deep.
+        kind: `deepest`; `ensemble`, the mean of all exits' logits; `next`, the exit after it; `all` that are deeper.
+
+    Returns:
+        For each auxiliary exit its teachers' logits.
+    """
+    deeper = [list(logits[i + 1:]) for i in range(len(logits) - 1)]
+    if kind == 'all':
+        return deeper
+    if kind == 'next':
+        return [teachers[:1] for teachers in deeper]
+    teacher = torch.stack(tuple(logits)).mean(0) if kind == 'ensemble' else logits[-1]
+    return [[teacher] for _ in deeper]
+
+
+def exit_weights(kind: str, shares: Sequence[float], progress: float = 1.0) -> List[float]:
+    """Weigh the auxiliary exits' losses; the deepest exit's has weight 1 throughout.
+
+    Args:
+        kind: `equal`: each 1. `cost`: in proportion to the exits' shares of the compute, in sum the number of exits.
+            `ramp`: from 0.01 at the start of training to the exit's share at its end, as for Shallow-Deep Networks
+            (Kaya et al., ICML 2019, arXiv 1810.07052). `equilibrium`: each 1; it is the gradients in the network that
+            are scaled, see `tasks.SelfDistillationModule`.
+        shares: Of each auxiliary exit, the part of the network's multiply-adds that has run, 0 to 1.
+        progress: Part of the training that is done, 0 to 1.
+    """
+    if kind == 'cost':
+        return [len(shares) * share / sum(shares) for share in shares]
+    if kind == 'ramp':
+        return [0.01 + (share - 0.01) * progress for share in shares]
+    return [1.0] * len(shares)
 
 
 def self_distillation_loss(
@@ -62,41 +237,54 @@ def self_distillation_loss(
         temperature: float = 3.0,
         square_temperature: bool = True,
         hint_weight: float = 0.03,
-        criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
+        exit_teacher: str = 'deepest',
+        weights: Optional[Sequence[float]] = None,
+        **supervision: Any,
 ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
     """The whole loss of Be Your Own Teacher: the deepest exit teaches the shallow ones.
 
-        Σ_i (1-α)·CE(z_i, y) + α·KL(z_C ‖ z_i; T) + λ·mean (F_i − F_C)²  over the auxiliary exits, plus CE(z_C, y)
+        Σ_i w_i·[(1−α)·L(z_i, y) + α·KL(z_C ‖ z_i; T) + λ·mean (F_i − F_C)²]  over the auxiliary exits, plus L(z_C, y)
 
-    The deepest exit learns from the labels alone, with weight 1. A term whose weight is 0 is not computed; α = λ = 0 is
-    deep supervision.
+    L is the cross entropy, or what else `supervision_terms` is asked for. The deepest exit learns from it alone, with
+    weight 1. A term whose weight is 0 is not computed; α = λ = 0 is deep supervision.
 
     Args:
         logits: One tensor (N, num_classes) an exit, shallow to deep.
-        target: Labels (N,), or class probabilities (N, num_classes) if `criterion` takes them.
-        hints: One tensor (N, num_features) an auxiliary exit; not needed where `hint_weight` is 0.
-        hint_target: Features of the deepest exit (N, num_features).
-        alpha: Share of the divergence against the cross entropy at auxiliary exits, 0 to 1.
+        target: Labels (N,), or class probabilities (N, num_classes) if the criterion takes them.
+        hints: One tensor an auxiliary exit, (N, num_features) or (N, num_features, H, W); not needed where
+            `hint_weight` is 0.
+        hint_target: The same of the deepest exit.
+        alpha: Share of the divergence against L at auxiliary exits, 0 to 1.
         temperature: See `distillation_loss`.
         square_temperature: See `distillation_loss`.
         hint_weight: λ, the weight of the hint.
-        criterion: Loss against the labels.
+        exit_teacher: See `exit_teachers`; with several teachers the mean of their divergences.
+        weights: w_i, see `exit_weights`; all 1 when None.
+        **supervision: Further arguments of `supervision_terms`.
 
     Returns:
-        The loss, a scalar, and its terms by name without their weights and detached: `ce<i>` for every exit, `kl<i>`
-        and `hint<i>` for the auxiliary ones, numbered from 0.
+        The loss, a scalar, and its terms by name without their weights and detached: those of `supervision_terms` for
+        every exit (`ce<i>`, ...), `kl<i>` and `hint<i>` for the auxiliary ones, numbered from 0.
     """
     terms: Dict[str, torch.Tensor] = {}
     deepest = len(logits) - 1
-    loss = terms[f'ce{deepest}'] = criterion(logits[deepest], target)
-    for i in range(deepest):
+    supervision.setdefault('square_temperature', square_temperature)
+
+    def supervised(i: int) -> torch.Tensor:
+        weighted = supervision_terms(logits[i], target, **supervision)
+        terms.update((f'{name}{i}', value) for name, (_, value) in weighted.items())
+        return sum(weight * value for weight, value in weighted.values())
+
+    loss = supervised(deepest)
+    for i, teachers in enumerate(exit_teachers(logits, exit_teacher)):
+        weight = 1.0 if weights is None else weights[i]
         if alpha < 1:
-            terms[f'ce{i}'] = criterion(logits[i], target)
-            loss = loss + (1 - alpha) * terms[f'ce{i}']
+            loss = loss + weight * (1 - alpha) * supervised(i)
         if alpha > 0:
-            terms[f'kl{i}'] = distillation_loss(logits[i], logits[deepest], temperature, square_temperature)
-            loss = loss + alpha * terms[f'kl{i}']
+            divergences = [distillation_loss(logits[i], t, temperature, square_temperature) for t in teachers]
+            terms[f'kl{i}'] = sum(divergences) / len(divergences)
+            loss = loss + weight * alpha * terms[f'kl{i}']
         if hint_weight > 0:
             terms[f'hint{i}'] = hint_loss(hints[i], hint_target)
-            loss = loss + hint_weight * terms[f'hint{i}']
+            loss = loss + weight * hint_weight * terms[f'hint{i}']
     return loss, {name: terms[name].detach() for name in sorted(terms)}

@@ -1,23 +1,87 @@
 """What each exit is worth and what it costs."""
+import math
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Literal, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.models import get_model_input_config
 from timm.task import ClassificationEvaluator
 
 from .multi_exit import MultiExit
 from .stages import count_macs, meta_copy
 
-__all__ = ['ExitCost', 'ExitEvaluator', 'ensemble_logits', 'evaluate_exits', 'exit_costs', 'exit_names', 'exit_table']
+__all__ = [
+    'ExitCost', 'ExitEvaluator', 'collect_features', 'collect_logits', 'ensemble_logits', 'eval_mode',
+    'evaluate_exits', 'exit_costs', 'exit_names', 'exit_table', 'learn_ensemble',
+]
 
 
-def ensemble_logits(logits: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Average the logits of all exits, as the authors of Be Your Own Teacher do: (N, num_classes)."""
-    return torch.stack(tuple(logits)).mean(0)
+def ensemble_logits(
+        logits: Sequence[torch.Tensor],
+        by: Literal['logits', 'probabilities'] = 'logits',
+        weights: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Let all exits decide together.
+
+    Args:
+        logits: One tensor (N, num_classes) an exit.
+        by: `logits` averages the logits, as the authors of Be Your Own Teacher do; `probabilities` the softmax scores.
+        weights: (num_exits,), such as `learn_ensemble` returns: the logits are summed with these weights instead.
+
+    Returns:
+        Logits of the ensemble (N, num_classes); by probabilities they are the logarithms of the mean.
+
+    Raises:
+        ValueError: `by` is unknown, or the weights are not one an exit, or given together with probabilities.
+    """
+    stacked = torch.stack(tuple(logits))
+    if by not in ('logits', 'probabilities'):
+        raise ValueError(f'by={by!r}: unknown, expected logits or probabilities.')
+    if weights is not None:
+        if by != 'logits':
+            raise ValueError(f'by={by!r}: weights are for logits, and go with by=\'logits\' only.')
+        if weights.shape != (len(stacked),):
+            raise ValueError(
+                f'weights of shape {tuple(weights.shape)}: expected {(len(stacked),)}, one weight an exit.')
+        return torch.tensordot(weights.to(stacked), stacked, 1)
+    if by == 'probabilities':
+        return stacked.log_softmax(-1).logsumexp(0) - math.log(len(stacked))
+    return stacked.mean(0)
+
+
+def learn_ensemble(logits: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    """Learn how much each exit counts in the ensemble, by minimising the negative log likelihood.
+
+    The weights are a softmax of what is learned, so they are positive and their sum is 1: the best single exit and the
+    mean of all are among what can be learned, but not a sharper or softer ensemble. Free weights would grow without
+    bounds on images that are all classified correctly.
+
+    Args:
+        logits: One tensor (N, num_classes) an exit, of images that no exit was trained on and nothing is reported of.
+        target: Labels (N,).
+
+    Returns:
+        Weights (num_exits,), float64, for `ensemble_logits`.
+    """
+    stacked = torch.stack(tuple(logits)).detach().double()
+    free = torch.zeros(len(stacked), dtype=stacked.dtype, device=stacked.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [free], max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn='strong_wolfe')
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(ensemble_logits(stacked, weights=free.softmax(0)), target)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return free.detach().softmax(0)
 
 
 class ExitEvaluator(ClassificationEvaluator):
@@ -71,12 +135,26 @@ def exit_names(model: MultiExit) -> List[str]:
     return [f'exit{i}' for i in range(model.num_exits)] + ['ensemble']
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and afterwards each of its modules back into the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[model])  # some modules drop what they keep for evaluation when they are told, so tell them
+        for module, training in modes.items():
+            module.training = training
+
+
 @torch.no_grad()
 def evaluate_exits(
         model: MultiExit,
         batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
         device: Optional[torch.device] = None,
         distributed: bool = False,
+        ensemble: Callable[[List[torch.Tensor]], torch.Tensor] = ensemble_logits,
 ) -> 'OrderedDict[str, Dict[str, Any]]':
     """Measure every exit and the ensemble of all.
 
@@ -86,21 +164,65 @@ def evaluate_exits(
             part, no image twice.
         device: Where to compute.
         distributed: Sum the counts over all processes.
+        ensemble: Makes the ensemble's logits (N, num_classes) of the list of all exits'.
 
     Returns:
         By exit name (see `exit_names`): loss (mean negative log likelihood), top1, top5, ece in percent, and the
         integer counts count, top1_count, top5_count.
     """
-    was_training = model.training
-    model.eval()
     evaluators = OrderedDict((name, ExitEvaluator(device)) for name in exit_names(model))
-    for images, target in batches:
-        images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
-        logits = model.forward_exits(images)
-        for evaluator, output in zip(evaluators.values(), [*logits, ensemble_logits(logits)]):
-            evaluator.update(output, target)
-    model.train(was_training)
+    with eval_mode(model):
+        for images, target in batches:
+            images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+            logits = model.forward_exits(images)
+            for evaluator, output in zip(evaluators.values(), [*logits, ensemble(logits)]):
+                evaluator.update(output, target)
     return OrderedDict((name, evaluator.compute(distributed)) for name, evaluator in evaluators.items())
+
+
+@torch.no_grad()
+def _collect(
+        model: MultiExit,
+        run: Callable[[torch.Tensor], List[torch.Tensor]],
+        batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
+        device: Optional[torch.device],
+) -> Tuple[List[torch.Tensor], torch.Tensor]:
+    outputs, targets = [], []
+    with eval_mode(model):
+        for images, target in batches:
+            outputs.append([output.float().cpu() for output in run(images.to(device, non_blocking=True))])
+            targets.append(target.cpu())
+    return [torch.cat(exit_outputs) for exit_outputs in zip(*outputs)], torch.cat(targets)
+
+
+def collect_logits(
+        model: MultiExit,
+        batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
+        device: Optional[torch.device] = None,
+) -> Tuple[List[torch.Tensor], torch.Tensor]:
+    """Gather the logits of every exit over a part of the data.
+
+    Args:
+        model: The network, on `device`; run in eval mode and left in the mode it was in.
+        batches: Images (N, C, H, W) and labels (N,).
+        device: Where to compute.
+
+    Returns:
+        One float32 tensor (N, num_classes) an exit, shallow to deep, and the labels (N,), all on the CPU.
+    """
+    return _collect(model, model.forward_exits, batches, device)
+
+
+def collect_features(
+        model: MultiExit,
+        batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
+        device: Optional[torch.device] = None,
+) -> Tuple[List[torch.Tensor], torch.Tensor]:
+    """Gather the pooled features that every exit's classifier sees, each (N, num_features of that exit).
+
+    Takes and returns what `collect_logits` does.
+    """
+    return _collect(model, lambda images: model.forward_exits(images, return_features=True)[1], batches, device)
 
 
 @dataclass(frozen=True)
@@ -128,7 +250,8 @@ def exit_costs(
         input_size: Channels, height and width of an image; what the model was built for when None.
     """
     probe = meta_copy(model)
-    x = torch.empty((1, *(input_size or get_model_input_config(model)['input_size'])), device='meta')
+    size = input_size or get_model_input_config(model)['input_size']
+    x = torch.empty((1, *size), device='meta', dtype=next(probe.parameters()).dtype)
     full, _ = count_macs(probe, x)
     costs = OrderedDict()
     networks: List[Tuple[nn.Module, Any]] = [(net, net) for net in map(probe.truncate, range(model.num_exits))]

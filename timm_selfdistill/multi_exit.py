@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from .exit_network import ExitNetwork
-from .heads import ExitHead, LinearHead, create_exit_head, head_settings
+from .heads import ExitHead, LinearHead, chain_logits, exit_head_kind, head_settings
 from .stages import ExitSpec, Stage, choose_exits, copy_model, count_macs, find_stages, take_taps
 from .wrapper import SUFFIX, BackboneWrapper, cfg_without_weights, model_name, names_tuple
 
@@ -47,6 +47,7 @@ class MultiExit(BackboneWrapper):
     ):
         super().__init__(backbone)
         name = model_name(backbone)
+        create_head = exit_head_kind(exit_head)
         if isinstance(backbone, BackboneWrapper):
             raise ValueError(f'{name} already has exits; add exits to its .backbone instead.')
         headless = hasattr(backbone, 'prune_intermediate_layers') and not hasattr(backbone, 'get_classifier')
@@ -58,14 +59,14 @@ class MultiExit(BackboneWrapper):
 
         def head_macs(stage: Stage) -> int:
             with torch.device('meta'):
-                head = create_exit_head(exit_head, num_classes=0, **settings[stage.index])
+                head = create_head(num_classes=0, **settings[stage.index])
                 return count_macs(head, torch.empty(1, stage.num_chs, *stage.size))[0]
 
         self.exits = choose_exits(self.stages, exits, name, head_macs)
         self.exit_head = exit_head
         self.distilled_training = False
         self.exit_heads = nn.ModuleList(
-            create_exit_head(exit_head, num_classes=backbone.num_classes, **settings[i]) for i in self.exits
+            create_head(num_classes=backbone.num_classes, first=i == self.exits[0], **settings[i]) for i in self.exits
         )
         self.head: Optional[ExitHead] = None
         if headless:
@@ -114,6 +115,8 @@ class MultiExit(BackboneWrapper):
             x: torch.Tensor,
             upto: Optional[int] = None,
             return_features: bool = False,
+            return_maps: bool = False,
+            detach_taps: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[List[torch.Tensor], List[torch.Tensor]]]:
         """Classify images at every exit.
 
@@ -122,29 +125,43 @@ class MultiExit(BackboneWrapper):
             upto: Number of the last exit wanted; the network runs no further. All exits when None.
             return_features: Also return the pooled vector that each exit's classifier sees. The deepest one comes
                 detached: in the paper's hint loss it is a target only.
+            return_maps: Also return the map that each auxiliary exit pools, and of the deepest exit the map of the
+                last stage, detached as well.
+            detach_taps: Cut the auxiliary exits off the backbone in the backward pass: they learn, but the backbone
+                is changed by the deepest exit alone.
 
         Returns:
             Logits, each (N, num_classes), shallow to deep; with `return_features` also the features, each
-            (N, num_features of that exit).
+            (N, num_features of that exit); with `return_maps` the maps instead, each (N, map_chs of that exit's head,
+            h, w), the last one (N, num_chs of the last stage, h, w).
 
         Raises:
-            ValueError: `upto` is no exit of this model, or the backbone does not take images of this shape.
+            ValueError: `upto` is no exit of this model, features and maps are both asked for, or the backbone does not
+                take images of this shape.
         """
+        if return_features and return_maps:
+            raise ValueError('return_features=True, return_maps=True: expected one of them at most.')
         deepest = self._check_exit(self.num_exits - 1 if upto is None else upto) == self.num_exits - 1
+        indices = self.exits + ((len(self.stages) - 1,) if return_maps else ())
         try:
             if not deepest:
                 final, taps = None, take_taps(self.backbone, x, self.exits[:upto + 1])
-            elif self.exits:
-                final, taps = take_taps(self.backbone, x, self.exits, with_final=True)
+            elif indices:
+                final, taps = take_taps(self.backbone, x, indices, with_final=True)
             else:
                 final, taps = self.backbone.forward_features(x), ()
         except (AssertionError, RuntimeError) as error:
             self.explain_refusal(x, error)
             raise
-        features = [head.forward_features(tap) for head, tap in zip(self.exit_heads, taps)]
-        logits = [head.forward_head(f) for head, f in zip(self.exit_heads, features)]
+        if detach_taps:
+            taps = [tap.detach() for tap in taps]
+        maps = [head.forward_map(tap) for head, tap in zip(self.exit_heads, taps)]
+        features = [head.pool(m) for head, m in zip(self.exit_heads, maps)]
+        logits = chain_logits(self.exit_heads, features)
         if deepest:
             logits.append(self.forward_head(final))
+        if return_maps:
+            return logits, maps + ([taps[-1].detach()] if deepest else [])
         if not return_features:
             return logits
         if deepest:
@@ -160,7 +177,9 @@ class MultiExit(BackboneWrapper):
             ValueError: `k` is no exit of this model.
         """
         if self._check_exit(k) < self.num_exits - 1:
-            return ExitNetwork(self.backbone, self.exit_heads[k], k, self.exits[k], model_name(self), self._model_args)
+            first = 0 if self.exit_heads[k].takes_logits else k
+            heads, taps = self.exit_heads[first:k + 1], self.exits[first:k + 1]
+            return ExitNetwork(self.backbone, heads, k, taps, model_name(self), self._model_args)
         if self.head is None:
             return copy_model(self.backbone)
         network = copy_model(self)

@@ -13,7 +13,7 @@ from .data import ImageData
 from .metrics import exit_costs
 from .multi_exit import MultiExit
 
-__all__ = ['Reporter', 'render_table']
+__all__ = ['Reporter', 'render_generations', 'render_table']
 
 
 def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
@@ -38,6 +38,22 @@ def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
             f'{row["loss"]:.4f}',
             f'{row["ece"]:.2f}',
         )
+    return table
+
+
+def render_generations(rows: List[Dict[str, Any]], title: str) -> Table:
+    """Lay out the generations for a terminal: top-1 accuracies and agreement with the teacher, in percent."""
+    table = Table(
+        title=f'generations, {title}: top-1 %', title_justify='left', box=box.SIMPLE_HEAD, show_edge=False,
+        pad_edge=False, collapse_padding=True,
+    )
+    table.add_column('generation', justify='right', no_wrap=True)
+    names = [name for name in rows[0] if name.startswith('exit')] + ['ensemble', 'generations_ensemble']
+    for name in [*names, 'teacher_agreement']:
+        table.add_column(name.replace('_', ' '), justify='right')
+    for row in rows:
+        values = [row.get(name) for name in [*names, 'teacher_agreement']]
+        table.add_row(str(row['generation']), *('' if v is None else f'{v:.2f}' for v in values))
     return table
 
 

@@ -122,7 +122,7 @@ def find_stages(model: nn.Module) -> Tuple[Stage, ...]:
         )
     size = get_model_input_config(model)['input_size']
     try:
-        return _measure(model, torch.empty((1, *size), device='meta'))
+        return _measure(model, torch.empty((1, *size), device='meta', dtype=next(model.parameters()).dtype))
     except (AssertionError, RuntimeError) as error:
         own = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', size)
         raise ValueError(

@@ -1,15 +1,18 @@
 """Training tasks: a model and the loss that trains it, behind timm's TrainingTask."""
 import logging
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from timm.task import TrainingTask, resolve_classification_loss
+import torch.nn.functional as F
+from timm.task import DistillationTeacher, TrainingTask, resolve_classification_loss
 from timm.utils import unwrap_model
 
-from .losses import self_distillation_loss
+from .losses import EXIT_TEACHERS, EXIT_WEIGHTS, TOLERANCES, exit_weights, self_distillation_loss
 from .multi_exit import MultiExit
-from .wrapper import nested_group_matcher
+from .stages import meta_copy
+from .wrapper import model_name, nested_group_matcher
 
 __all__ = ['SelfDistillationModule', 'SelfDistillationTask']
 
@@ -21,17 +24,54 @@ class SelfDistillationModule(nn.Module):
 
     Args:
         model: The multi-exit network.
-        hints: Also learn projections from the auxiliary exits' features to the deepest exit's. They exist for the hint
-            loss alone and are no part of the model.
+        hints: Also learn projections from what the auxiliary exits see to what the deepest one sees, where their widths
+            differ. They exist for the hint loss alone and are no part of the model.
+        hint_on: `features`, pooled vectors, or `maps`, before the pooling.
+        equilibrium: Scale the gradients in the backbone so that each of its sections learns from the mean, not the sum,
+            of the exits behind it: gradient equilibrium (Li et al., ICCV 2019, arXiv 1908.06294).
+
+    Attributes:
+        detach_taps: Train the backbone by the deepest exit alone; the other exits follow it.
     """
 
-    def __init__(self, model: MultiExit, hints: bool = True):
+    def __init__(
+            self,
+            model: MultiExit,
+            hints: bool = True,
+            hint_on: str = 'features',
+            equilibrium: bool = False,
+    ):
         super().__init__()
         self.model = model
+        self.hint_on = hint_on
+        self.detach_taps = False
         like = next(model.parameters())
         self.projections = nn.ModuleList(
-            nn.Linear(head.num_features, model.head_hidden_size) for head in (model.exit_heads if hints else ())
+            self._projection(head) for head in (model.exit_heads if hints else ())
         ).to(device=like.device, dtype=like.dtype)
+        if equilibrium:
+            self._scale_gradients()
+
+    def _projection(self, head: nn.Module) -> nn.Module:
+        if self.hint_on == 'maps':
+            narrow, wide = head.map_chs, self.model.stages[-1].num_chs
+            return nn.Identity() if narrow == wide else nn.Conv2d(narrow, wide, kernel_size=1)
+        narrow, wide = head.num_features, self.model.head_hidden_size
+        return nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
+
+    def _scale_gradients(self) -> None:
+        # The paper rescales at every exit what comes from its head and what comes from behind. Multiplied up, a section
+        # with m exits behind it receives 1/m of the gradient of each of them, which is done here in one step.
+        probe, seen = meta_copy(self.model), set()
+        parameters = dict(self.model.backbone.named_parameters())
+        for k in range(self.model.num_exits - 1):
+            needed = {name for name, _ in probe.truncate(k).backbone.named_parameters()}
+            for name in needed - seen:
+                parameters[name].register_hook(partial(self._scale_gradient, 1 / (self.model.num_exits - k)))
+            seen |= needed
+
+    def _scale_gradient(self, scale: float, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient if self.detach_taps else gradient * scale
 
     def no_weight_decay(self):
         return {f'model.{n}' for n in self.model.no_weight_decay()}
@@ -50,35 +90,56 @@ class SelfDistillationModule(nn.Module):
 
         Returns:
             Logits of every exit, each (N, num_classes); projected features of the auxiliary exits, each
-            (N, num_features); features of the deepest exit (N, num_features), detached. The last two are an empty list
-            and None without hints.
+            (N, num_features), or maps (N, num_features, H, W); the same of the deepest exit, detached. The last two are
+            an empty list and None without hints.
         """
         if not len(self.projections):
-            return self.model.forward_exits(x), [], None
-        logits, features = self.model.forward_exits(x, return_features=True)
-        hints = [project(f) for project, f in zip(self.projections, features)]
-        return logits, hints, features[-1]
+            return self.model.forward_exits(x, detach_taps=self.detach_taps), [], None
+        on_maps = self.hint_on == 'maps'
+        logits, seen = self.model.forward_exits(
+            x, return_features=not on_maps, return_maps=on_maps, detach_taps=self.detach_taps)
+        hints = [project(s) for project, s in zip(self.projections, seen)]
+        if on_maps:  # sizes that the heads' strides do not divide
+            size = seen[-1].shape[-2:]
+            hints = [h if h.shape[-2:] == size else F.adaptive_avg_pool2d(h, size) for h in hints]
+        return logits, hints, seen[-1]
 
 
 class SelfDistillationTask(TrainingTask):
     """Be Your Own Teacher (Zhang et al., ICCV 2019, arXiv 1905.08094): the deepest exit teaches the shallow ones.
 
-    With `alpha` and `hint_weight` 0 it is deep supervision; with a model without auxiliary exits, plain training.
+    With `alpha` and `hint_weight` 0 it is deep supervision; with a model without auxiliary exits, plain training. With
+    a `tolerance` the network becomes a tolerant patriarch, with a `teacher` the student of one (Yang et al., AAAI 2019,
+    arXiv 1805.05551) or of any other network (classic distillation), at every one of its exits.
 
     Args:
         model: The multi-exit network.
         criterion: Loss against the labels. Created from `criterion_kwargs` when None.
         criterion_kwargs: Arguments of timm's `create_classification_loss`.
-        alpha: Share of the divergence against the cross entropy at auxiliary exits, 0 to 1.
+        alpha: Share of the divergence against the labels at auxiliary exits, 0 to 1.
         temperature: Softens teacher and student in the divergence, greater than 0.
         square_temperature: Multiply the divergence by the squared temperature.
         hint_weight: λ, the weight of the hint loss; 0 leaves it and its projections out.
+        alpha_end: Value that `alpha` reaches at the end of training, linearly; stays as it is when None.
+        temperature_end: The same of `temperature`.
+        hint_weight_end: The same of `hint_weight`.
+        hint_on: What the hint compares, `features` or `maps`.
+        exit_teacher: Who teaches the auxiliary exits, see `losses.exit_teachers`.
+        weighting: How the auxiliary exits are weighted, see `losses.exit_weights`.
+        tolerance: What a patriarch minimises beside the cross entropy, see `losses.supervision_terms`.
+        eta: η, share of the cross entropy against the tolerance, 0 to 1.
+        k: K of the top score difference.
+        teacher: A timm model. It is frozen, runs in eval mode and sees the same images, normalised as it expects.
+        label_weight: λ, share of the labels against the teacher, 0 to 1.
+        teacher_temperature: Softens student and teacher, greater than 0.
+        mean: Mean of the channels that the images were normalised with; the model's when None. The teacher needs it.
+        std: Standard deviation of the channels, likewise.
         device: Device for task tensors.
         dtype: Dtype for task tensors.
         verbose: Log the settings.
 
     Raises:
-        ValueError: A weight or the temperature is out of range.
+        ValueError: A setting is out of range, or the teacher has other classes than the model.
     """
 
     def __init__(
@@ -90,27 +151,113 @@ class SelfDistillationTask(TrainingTask):
             temperature: float = 3.0,
             square_temperature: bool = True,
             hint_weight: float = 0.03,
+            alpha_end: Optional[float] = None,
+            temperature_end: Optional[float] = None,
+            hint_weight_end: Optional[float] = None,
+            hint_on: str = 'features',
+            exit_teacher: str = 'deepest',
+            weighting: str = 'equal',
+            tolerance: Optional[str] = None,
+            eta: float = 0.6,
+            k: int = 5,
+            teacher: Optional[nn.Module] = None,
+            label_weight: float = 0.6,
+            teacher_temperature: float = 1.0,
+            mean: Optional[Sequence[float]] = None,
+            std: Optional[Sequence[float]] = None,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f'alpha={alpha}: expected a number from 0 to 1.')
-        if not temperature > 0:
-            raise ValueError(f'temperature={temperature}: expected a number greater than 0.')
-        if not hint_weight >= 0:
-            raise ValueError(f'hint_weight={hint_weight}: expected 0 or more.')
+        self.schedules = dict(
+            alpha=(alpha, alpha if alpha_end is None else alpha_end),
+            temperature=(temperature, temperature if temperature_end is None else temperature_end),
+            hint_weight=(hint_weight, hint_weight if hint_weight_end is None else hint_weight_end),
+        )
+        for name, values in dict(self.schedules, eta=(eta,), label_weight=(label_weight,)).items():
+            for suffix, value in zip(('', '_end'), values):
+                if name in ('alpha', 'eta', 'label_weight') and not 0 <= value <= 1:
+                    raise ValueError(f'{name}{suffix}={value}: expected a number from 0 to 1.')
+                if name == 'temperature' and not value > 0:
+                    raise ValueError(f'{name}{suffix}={value}: expected a number greater than 0.')
+                if name == 'hint_weight' and not value >= 0:
+                    raise ValueError(f'{name}{suffix}={value}: expected 0 or more.')
+        if not teacher_temperature > 0:
+            raise ValueError(f'teacher_temperature={teacher_temperature}: expected a number greater than 0.')
+        for name, value, known in (
+            ('hint_on', hint_on, ('features', 'maps')), ('exit_teacher', exit_teacher, EXIT_TEACHERS),
+            ('weighting', weighting, EXIT_WEIGHTS), ('tolerance', tolerance, (None, *TOLERANCES)),
+        ):
+            if value not in known:
+                raise ValueError(f'{name}={value!r}: unknown, expected one of {", ".join(map(str, known))}.')
+        if tolerance == 'tsd' and not 2 <= k <= model.num_classes:
+            raise ValueError(f'k={k}: expected a number from 2 to {model.num_classes}, the number of classes.')
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
         self.loss_args = dict(
-            alpha=alpha,
-            temperature=temperature,
             square_temperature=square_temperature,
-            hint_weight=hint_weight,
+            exit_teacher=exit_teacher,
+            tolerance=tolerance,
+            eta=eta,
+            k=k,
+            label_weight=label_weight,
+            teacher_temperature=teacher_temperature,
         )
-        self.trainable_module = SelfDistillationModule(model, hints=hint_weight > 0)
+        self.weighting = weighting
+        self.shares = [model.stages[i].share for i in model.exits]
+        self.trainable_module = SelfDistillationModule(
+            model,
+            hints=max(self.schedules['hint_weight']) > 0,
+            hint_on=hint_on,
+            equilibrium=weighting == 'equilibrium',
+        )
+        self.teacher: Optional[DistillationTeacher] = None
+        if teacher is not None:
+            self._set_teacher(teacher, model, mean, std)
+        self.set_progress(0.)
         if self.verbose:
-            _logger.info(f'{type(self).__name__}: {self.loss_args}')
+            _logger.info(f'{type(self).__name__}: {self.schedules}, {self.loss_args}')
+
+    def _set_teacher(
+            self,
+            teacher: nn.Module,
+            model: MultiExit,
+            mean: Optional[Sequence[float]],
+            std: Optional[Sequence[float]],
+    ) -> None:
+        if teacher.num_classes != model.num_classes:
+            raise ValueError(
+                f'The teacher {model_name(teacher)} has {teacher.num_classes} classes, the student '
+                f'{model_name(model)} {model.num_classes}; they must be the same.'
+            )
+        self.teacher = DistillationTeacher(teacher.requires_grad_(False), device=self.device, dtype=self.dtype)
+        mean, std = (
+            torch.tensor(given or model.pretrained_cfg[key], device=self.device, dtype=self.dtype).view(1, -1, 1, 1)
+            for key, given in (('mean', mean), ('std', std))
+        )
+        # timm's teacher compares mean and std at every step, which waits for the device
+        scale, shift = std / self.teacher.std_kd, (mean - self.teacher.mean_kd) / self.teacher.std_kd
+        self.same_view = bool((scale == 1).all() and (shift == 0).all())
+        self.register_buffer('teacher_scale', scale, persistent=False)
+        self.register_buffer('teacher_shift', shift, persistent=False)
+
+    def train(self, mode: bool = True) -> 'SelfDistillationTask':
+        """Set the mode of training; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def set_progress(self, progress: float) -> None:
+        """Say which part of the training is done, 0 to 1: what has a schedule follows it."""
+        self.progress = progress
+        for name, (start, end) in self.schedules.items():
+            self.loss_args[name] = start + (end - start) * progress
+        self.loss_args['weights'] = exit_weights(self.weighting, self.shares, progress)
+
+    def set_last_phase(self, enable: bool = True) -> None:
+        """Train the backbone by the deepest exit alone; the other exits follow it without changing it."""
+        unwrap_model(self.trainable_module).detach_taps = enable
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'SelfDistillationTask':
         """Wrap the model and its projections in DistributedDataParallel."""
@@ -155,6 +302,12 @@ class SelfDistillationTask(TrainingTask):
             terms by name, see `self_distillation_loss`.
         """
         logits, hints, hint_target = self.trainable_module(input)
+        teacher_logits = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                view = input if self.same_view else input * self.teacher_scale + self.teacher_shift
+                teacher_logits = self.teacher(view).float()  # under autocast it may come in half precision
         loss, terms = self_distillation_loss(
-            logits, target, hints, hint_target, criterion=self.criterion, **self.loss_args)
+            logits, target, hints, hint_target, criterion=self.criterion, teacher_logits=teacher_logits,
+            **self.loss_args)
         return {'loss': loss, 'output': logits[-1], **terms}

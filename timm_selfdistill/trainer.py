@@ -5,128 +5,32 @@ import os
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional
 
-import timm
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from timm.data import Mixup, resolve_data_config
-from timm.models import split_model_name_tag
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn, update_summary
 
+from .augment import eval_transform, train_transform
+from .build import build_model, build_task, resolve_model_name
 from .config import ConfigError, TrainConfig, nearest
-from .data import (
-    ImageData,
-    ImageSplit,
-    create_eval_loader,
-    create_train_loader,
-    eval_transform,
-    load_image_data,
-    train_transform,
-)
+from .data import ImageSplit, create_eval_loader, create_train_loader, load_image_data
 from .hub import save_model, write_card
-from .metrics import evaluate_exits, exit_costs, exit_names, exit_table
+from .metrics import evaluate_exits, exit_names, exit_table
 from .multi_exit import MultiExit
 from .plots import plot_accuracy_against_compute
 from .report import Reporter
-from .tasks import SelfDistillationTask
-from .wrapper import SUFFIX
 
-__all__ = ['NonFiniteLossError', 'resolve_model_name', 'train']
+__all__ = ['NonFiniteLossError', 'close', 'run_folder', 'train']
 
 
 class NonFiniteLossError(FloatingPointError):
     """The loss or one of its terms became infinite or not a number."""
-
-
-def resolve_model_name(model: str) -> Tuple[str, str]:
-    """Split `--model` into the registered multi-exit name and the tag of the backbone's weights, '' without.
-
-    Raises:
-        ConfigError: timm has no such model; the message offers the nearest names.
-    """
-    base, tag = split_model_name_tag(model)
-    base = base.removesuffix(SUFFIX)
-    if timm.is_model(base + SUFFIX):
-        return base + SUFFIX, tag
-    names = (name for name in timm.list_models() if not name.endswith(SUFFIX))
-    raise ConfigError(f'--model {model}: timm has no such model{nearest(base, names)}.')
-
-
-def _image_size(config: TrainConfig, cfg: Any, data: ImageData) -> int:
-    own = cfg.input_size[-1]
-    if config.img_size:
-        return config.img_size
-    if cfg.fixed_input_size or config.backbone_pretrained:
-        return own
-    smallest = cfg.min_input_size[-1] if cfg.min_input_size else 32
-    return min(own, max(smallest, *data.image_size))
-
-
-def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[str, Any]]:
-    """Create the network that a config asks for, and the preprocessing that goes with it.
-
-    Returns:
-        The network, and a data config as `timm.data.resolve_data_config` makes them.
-
-    Raises:
-        ConfigError: The model is unknown, has fewer classes than the data, or refuses its arguments or image size.
-    """
-    name, tag = resolve_model_name(config.model)
-    num_classes = config.num_classes or data.num_classes
-    if num_classes < data.num_classes:
-        raise ConfigError(
-            f'--num-classes {num_classes}: {data.name} has {data.num_classes} classes, the model needs as many or more.'
-        )
-    cfg = timm.get_pretrained_cfg(name)
-    size = _image_size(config, cfg, data)
-    arguments = dict(
-        num_classes=num_classes,
-        in_chans=config.in_chans,
-        img_size=size if cfg.fixed_input_size and size != cfg.input_size[-1] else None,
-        exits=() if config.method == 'plain' else config.exits,
-        exit_head=config.exit_head,
-        backbone_pretrained=(tag or True) if config.backbone_pretrained else None,
-        drop_rate=config.drop,
-        drop_path_rate=config.drop_path,
-    )
-    arguments.update(config.model_arguments())
-    try:
-        model = timm.create_model(name, **arguments)
-        exit_costs(model, (config.in_chans, size, size))  # a forward pass on the meta device
-    except (AssertionError, TypeError, ValueError, RuntimeError) as e:
-        given = ', '.join(f'{k}={v}' for k, v in arguments.items() if v is not None)
-        raise ConfigError(f'--model {config.model}: {e} (with {given}; images of {size}×{size})') from e
-    grey = config.in_chans == 1 and len(cfg.mean) != 1
-    data_config = resolve_data_config(
-        dict(
-            input_size=(config.in_chans, size, size),
-            mean=config.mean or ([sum(cfg.mean) / len(cfg.mean)] if grey else None),
-            std=config.std or ([sum(cfg.std) / len(cfg.std)] if grey else None),
-            crop_pct=1.0 if max(data.image_size) <= size else None,
-        ),
-        model=model,
-    )
-    return model, data_config
-
-
-def build_task(config: TrainConfig, model: MultiExit, device: torch.device) -> SelfDistillationTask:
-    """Create the task that a method names."""
-    distil = config.method == 'byot'
-    return SelfDistillationTask(
-        model,
-        criterion_kwargs=dict(smoothing=config.smoothing, soft_targets=config.mixup > 0 or config.cutmix > 0),
-        alpha=config.alpha if distil else 0.,
-        temperature=config.temperature,
-        square_temperature=config.square_temperature,
-        hint_weight=config.hint_weight if distil else 0.,
-        device=device,
-        verbose=False,
-    )
 
 
 class _TermMeter:
@@ -170,15 +74,19 @@ def _use_all_cores() -> None:
     torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
+def run_folder(config: TrainConfig) -> Path:
+    """Return the folder that `--output` and `--experiment` name, the latter date and model when None."""
+    name, _ = resolve_model_name(config.model)
+    return Path(config.output) / (config.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{name}')
+
+
 def _create_folder(config: TrainConfig, accelerator: Accelerator) -> Path:
     """Create the run's folder; an existing one is left alone.
 
     Raises:
         ConfigError: It exists.
     """
-    name, _ = resolve_model_name(config.model)
-    folder = Path(config.output) / (config.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{name}')
-    problem = None
+    folder, problem = run_folder(config), None
     if accelerator.is_main_process:
         try:
             folder.mkdir(parents=True)
@@ -195,9 +103,9 @@ def _create_folder(config: TrainConfig, accelerator: Accelerator) -> Path:
 class _Run:
     """What the steps of one training run share."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config = config
-        self.accelerator = accelerator = Accelerator()
+        self.accelerator = accelerator
         self.device = accelerator.device
         if self.device.type == 'cpu':
             _use_all_cores()
@@ -205,7 +113,7 @@ class _Run:
         with accelerator.main_process_first():
             self.data = load_image_data(
                 config.dataset, config.data_dir, config.image_column, config.label_column, config.val_fraction,
-                config.in_chans,
+                config.in_chans, config.superclass_column,
             )
         if self.data.validation is None and self.data.test is None:
             raise ConfigError(
@@ -213,7 +121,7 @@ class _Run:
                 f'so some of its training part must be held out.'
             )
         model, self.data_config = build_model(config, self.data)
-        self.task = build_task(config, model, self.device).to(self.device)
+        self.task = build_task(config, model, self.device, self.data_config).to(self.device)
         self.loader = self._train_loader()
         if config.opt not in list_optimizers():
             raise ConfigError(
@@ -275,6 +183,7 @@ class _Run:
             color_jitter=config.color_jitter,
             auto_augment=config.aa,
             re_prob=config.reprob,
+            cutout=config.cutout,
         )
         return create_train_loader(data.train, transform, config.batch_size, config.seed, **self._shared())
 
@@ -291,6 +200,7 @@ class _Run:
         """
         task, accelerator, config = self.task, self.accelerator, self.config
         task.train()
+        task.set_last_phase(epoch >= config.epochs - config.last_phase_epochs)
         self.loader.batch_sampler.set_epoch(epoch)
         meter = _TermMeter(self.device)
         look_every = 1 if self.device.type == 'cpu' else config.log_interval
@@ -299,6 +209,8 @@ class _Run:
             target = target.to(self.device, non_blocking=True)
             if self.mixup is not None:
                 images, target = self.mixup(images, target)
+            # amid the step: never quite at the ends, where a weight of 0 would leave parameters unused
+            task.set_progress((self.steps + 0.5) / (config.epochs * len(self.loader)))
             with accelerator.autocast():
                 result = task(images, target)
             meter.update(result)
@@ -333,17 +245,18 @@ class _Run:
         if self.accelerator.is_main_process:
             save_model(self.model, self.folder, self.data_config, self.data.label_names)
 
-    def close(self) -> None:
-        """Let the processes part, all at once.
 
-        torch takes a process group down with Python's lock held and joins its threads; one of them that still has a
-        tensor of the last collective to give back to Python waits for the lock for ever (seen with torch 2.8 on CPUs).
-        The pause leaves the lock to them; without it one teardown in about fifty hung, with it none in 3,900.
-        """
-        if self.accelerator.num_processes > 1:
-            self.accelerator.wait_for_everyone()
-            time.sleep(0.1)
-        self.accelerator.end_training()
+def close(accelerator: Accelerator) -> None:
+    """Let the processes part, all at once.
+
+    torch takes a process group down with Python's lock held and joins its threads; one of them that still has a tensor
+    of the last collective to give back to Python waits for the lock for ever (seen with torch 2.8 on CPUs). The pause
+    leaves the lock to them; without it one teardown in about fifty hung, with it none in 3,900.
+    """
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        time.sleep(0.1)
+    accelerator.end_training()
 
 
 def _summary_metrics(model: MultiExit, metrics: Dict[str, Dict[str, Any]]) -> 'OrderedDict[str, float]':
@@ -355,13 +268,17 @@ def _summary_metrics(model: MultiExit, metrics: Dict[str, Dict[str, Any]]) -> 'O
     return columns
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Path:
     """Train, evaluate and save a multi-exit network.
 
     The run's folder holds at every time the weights of the last complete epoch (before the first one, the initial
     weights): `model.safetensors` and `config.json`, which `timm.create_model('local-dir:…', pretrained=True)` loads;
-    `args.yaml`, `summary.csv` with a line an epoch, and in the end `results.json`, `README.md` (the model card) and
-    `accuracy_vs_compute.png`.
+    `args.yaml`, `summary.csv` with a line an epoch, and in the end `README.md` (the model card),
+    `accuracy_vs_compute.png` and, last of all, `results.json`.
+
+    Args:
+        config: The settings.
+        accelerator: What several runs in a row share, which `close` then ends; a run's own when None.
 
     Returns:
         The run's folder.
@@ -371,7 +288,7 @@ def train(config: TrainConfig) -> Path:
         DataError: The data cannot be used.
         NonFiniteLossError: The loss is not finite; the folder keeps the last good weights.
     """
-    run = _Run(config)
+    run = _Run(config, accelerator or Accelerator())
     main = run.accelerator.is_main_process
     reporter = Reporter(enabled=main, epochs=config.epochs)
     watched = run.data.validation or run.data.test
@@ -402,6 +319,8 @@ def train(config: TrainConfig) -> Path:
             f'A lower --lr, --clip-grad 1 or a longer --warmup-epochs may help.'
         ) from e
     _finish(run, reporter, watched, metrics)
+    if accelerator is None:
+        close(run.accelerator)
     return run.folder
 
 
@@ -414,12 +333,11 @@ def _finish(run: _Run, reporter: Reporter, watched: ImageSplit, metrics: Dict[st
             results[name] = exit_table(run.model, measured, run.data_config['input_size'])
     if run.accelerator.is_main_process:
         split, rows = list(results.items())[-1]
-        (run.folder / 'results.json').write_text(json.dumps(results, indent=2), encoding='utf-8')
         title = f'{run.model.pretrained_cfg["architecture"]} on {run.data.name}, {split} part'
         plot_accuracy_against_compute(rows, title, run.folder / 'accuracy_vs_compute.png')
         write_card(
             run.folder, run.model, rows, split, run.data.name, run.config.settings(),
             source=f'local-dir:{run.folder.name}', input_size=run.data_config['input_size'],
         )
+        (run.folder / 'results.json').write_text(json.dumps(results, indent=2), encoding='utf-8')
         reporter.finish(run.folder, rows, split)
-    run.close()

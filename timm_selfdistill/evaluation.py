@@ -1,0 +1,190 @@
+"""What the recipes that measure trained networks share: a checkpoint, and the data to measure it on."""
+import dataclasses
+from pathlib import Path
+from typing import Any, Dict, List, Literal, Optional, Sequence
+
+import numpy as np
+import torch
+import yaml
+from rich import box
+from rich.table import Table
+from timm.data import resolve_data_config
+from torch.utils.data import DataLoader
+
+from .augment import eval_transform
+from .config import ConfigError
+from .data import DataError, ImageData, ImageSplit, create_eval_loader, load_image_data
+from .hub import load_checkpoint
+from .multi_exit import MultiExit
+
+__all__ = [
+    'EvaluationConfig', 'SplitConfig', 'TrainedNetwork', 'choose_split', 'list_checkpoints', 'open_network',
+    'render_rows', 'short_names', 'subset',
+]
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+    """On which data a network is measured, and where; the recipes add what they need besides."""
+
+    dataset: Optional[str] = None
+    """As in train.py. What the run was trained on when neither this nor --data-dir is given."""
+    data_dir: Optional[str] = None
+    """As in train.py."""
+    image_column: Optional[str] = None
+    """As in train.py."""
+    label_column: Optional[str] = None
+    """As in train.py."""
+    batch_size: int = 256
+    """Images at a time."""
+    workers: int = 0
+    """Loader processes."""
+    device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
+    """Where to compute."""
+
+
+@dataclasses.dataclass
+class SplitConfig(EvaluationConfig):
+    """On which part of the data as well."""
+
+    split: Optional[Literal['train', 'validation', 'test']] = None
+    """Part of the data; when None the test part, or validation where there is none."""
+
+
+@dataclasses.dataclass
+class TrainedNetwork:
+    """A checkpoint, opened.
+
+    Attributes:
+        model: The network, in eval mode on the device asked for.
+        data: The data to measure it on.
+        data_config: Its preprocessing, see `timm.data.resolve_data_config`.
+        config: What it was opened with.
+    """
+    model: MultiExit
+    data: ImageData
+    data_config: Dict[str, Any]
+    config: EvaluationConfig
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.config.device)
+
+    def batches(self, split: ImageSplit) -> DataLoader:
+        """Return a loader of a part of the data, preprocessed as the network expects."""
+        return create_eval_loader(
+            split, eval_transform(self.data_config), self.config.batch_size, self.config.workers)
+
+
+def open_network(
+        checkpoint: str,
+        config: EvaluationConfig,
+        superclass_column: Optional[str] = None,
+        other_classes: bool = False,
+) -> TrainedNetwork:
+    """Open a checkpoint and the data to measure it on, those it was trained on unless others are asked for.
+
+    Args:
+        checkpoint: See `hub.load_checkpoint`.
+        config: Which data, and where to compute.
+        superclass_column: See `data.load_image_data`.
+        other_classes: Allow classes that the network does not know, where its classifiers are not used.
+
+    Raises:
+        DataError: The data cannot be used, or have more classes than the network, or the checkpoint does not say on
+            what it was trained and the config does not either.
+        ConfigError, FileNotFoundError: See `hub.load_checkpoint`.
+    """
+    model, folder = load_checkpoint(checkpoint)
+    source = {name: getattr(config, name) for name in ('dataset', 'data_dir', 'image_column', 'label_column')}
+    source['superclass_column'] = superclass_column
+    if not (config.dataset or config.data_dir):
+        args = folder / 'args.yaml' if folder else None
+        if args is None or not args.is_file():
+            raise DataError(f'--checkpoint {checkpoint} does not say on what it was trained; pass --dataset.')
+        trained = yaml.safe_load(args.read_text(encoding='utf-8'))
+        source = {name: value if value is not None else trained.get(name) for name, value in source.items()}
+        source['val_fraction'] = trained.get('val_fraction', 0.)
+    data_config = resolve_data_config(model=model)
+    data = load_image_data(**source, in_chans=data_config['input_size'][0])
+    if data.num_classes > model.num_classes and not other_classes:
+        raise DataError(f'{data.name} has {data.num_classes} classes, the model {model.num_classes}.')
+    return TrainedNetwork(model.to(config.device), data, data_config, config)
+
+
+def choose_split(data: ImageData, split: Optional[str] = None) -> str:
+    """Return the name of the part to measure on: the one asked for, else test, else validation.
+
+    Raises:
+        DataError: The data have no such part.
+    """
+    parts = data.parts()
+    split = split or ('test' if 'test' in parts else 'validation')
+    if split not in parts:
+        raise DataError(f'--split {split}: {data.name} has only the parts {", ".join(parts)}.')
+    return split
+
+
+def subset(split: ImageSplit, images: Optional[int], seed: int = 0) -> ImageSplit:
+    """Draw images from a part of the data, of every class its share; the whole part when there are no more, or None.
+
+    Raises:
+        ConfigError: Fewer than one image is asked for.
+    """
+    if images is None or images >= len(split):
+        return split
+    if images < 1:
+        raise ConfigError(f'--images {images}: expected 1 or more.')
+    order = np.random.default_rng(seed).permutation(len(split))
+    labels = split.labels[order]
+    counts = np.unique(labels, return_counts=True)[1]
+    # how far down its class an image stands, 0 to 1: the same number of images above a line is drawn from each
+    depth = np.empty(len(order))
+    depth[np.argsort(labels, kind='stable')] = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+    drawn = order[np.argsort(depth, kind='stable')[:images]]
+    return split.select(np.sort(drawn), split.name)
+
+
+def list_checkpoints(checkpoints: Sequence[str]) -> List[str]:
+    """Put the runs `generation0`, `generation1`, ... in place of a folder that holds such."""
+    found: List[str] = []
+    for checkpoint in checkpoints:
+        generations = [
+            p for p in Path(checkpoint).glob('generation*') if p.is_dir() and p.name[len('generation'):].isdigit()
+        ]
+        generations.sort(key=lambda p: int(p.name[len('generation'):]))
+        found += map(str, generations) if generations else [checkpoint]
+    return found
+
+
+def short_names(checkpoints: Sequence[str]) -> List[str]:
+    """Name checkpoints for tables and pictures: by their last part, or in full where that is not enough.
+
+    Raises:
+        ConfigError: A checkpoint is given twice.
+    """
+    twice = next((c for i, c in enumerate(checkpoints) if c in checkpoints[:i]), None)
+    if twice is not None:
+        raise ConfigError(f'--checkpoint {twice}: given twice.')
+    names = [Path(c).name for c in checkpoints]
+    return names if len(set(names)) == len(names) else list(checkpoints)
+
+
+def render_rows(rows: List[Dict[str, Any]], title: str) -> Table:
+    """Lay out rows for a terminal, a column for each key of the first; None and what a row lacks stay empty."""
+    table = Table(
+        title=title, title_justify='left', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+        collapse_padding=True,
+    )
+    for key, value in rows[0].items():
+        text = isinstance(value, str)
+        table.add_column(key.replace('_', ' '), justify='left' if text else 'right', no_wrap=text, overflow='fold')
+    for row in rows:
+        table.add_row(*map(_text, (row.get(key) for key in rows[0])))
+    return table
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f'{value:.2f}' if abs(value) >= 1 else f'{value:.3g}'
+    return '' if value is None else str(value)

@@ -1,0 +1,202 @@
+"""Tolerant teachers in generations (Yang et al., AAAI 2019, arXiv 1805.05551).
+
+A patriarch M(0) learns from the labels and keeps secondary information; M(1), M(2), ... have the same architecture,
+fresh weights and a seed of their own, and are taught by the one before.
+"""
+import csv
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.data import resolve_data_config
+
+from .augment import eval_transform
+from .config import ConfigError, TrainConfig
+from .data import ImageData, create_eval_loader, load_image_data
+from .hub import load_checkpoint
+from .metrics import collect_logits, ensemble_logits, exit_names
+from .plots import plot_generations
+from .report import Reporter, render_generations
+from .secondary import secondary_information
+from .trainer import close, run_folder, train
+
+__all__ = ['generation_config', 'train_generations']
+
+# Settings that may change between two sittings at the same generations, the rest is the recipe.
+_INCIDENTAL = ('output', 'teacher', 'workers', 'log_interval')
+
+# Training images that tell what a network makes of those it has learned from.
+_TRAIN_IMAGES = 10_000
+
+
+def generation_config(config: TrainConfig, root: Path, number: int) -> TrainConfig:
+    """Return the settings of one generation's own run.
+
+    Args:
+        config: Settings of all generations.
+        root: Folder of all generations.
+        number: 0 for the patriarch.
+    """
+    own = dict(
+        output=str(root), experiment=f'generation{number}', seed=config.seed + number, generations=None, resume=None)
+    if number:
+        own.update(teacher=str(root / f'generation{number - 1}'), patriarch='plain', eta=None)
+    else:
+        own.update(label_weight=None, teacher_temperature=None)
+    return dataclasses.replace(config, **own)
+
+
+def _refusal(config: TrainConfig, root: Path) -> Optional[str]:
+    """Say why the generations in a folder cannot be gone on with; None if they can."""
+    if config.resume is None:
+        return 'exists, and runs are never overwritten; choose another name, or pass --resume auto to go on with it'
+    for number in range(config.generations + 1):
+        folder = root / f'generation{number}'
+        args = folder / 'args.yaml'
+        if not args.is_file():
+            if folder.exists() and any(folder.iterdir()):
+                return f'holds {folder.name}, which has no args.yaml and so is no generation of this program'
+            continue
+        before = yaml.safe_load(args.read_text(encoding='utf-8'))
+        now = generation_config(config, root, number).settings()
+        changed = [
+            f'--{name.replace("_", "-")} was {before.get(name)} and is {now[name]}'
+            for name in now if name not in _INCIDENTAL and before.get(name) != now[name]
+        ]
+        if changed:
+            return f'holds {folder.name} of another recipe: {"; ".join(changed)}'
+    if not (root / 'generation0').exists():
+        return 'holds no generations; choose the folder of generations, or a new name'
+    return None
+
+
+def train_generations(config: TrainConfig) -> Path:
+    """Train a patriarch and `config.generations` students.
+
+    Each generation is a run of its own in the folder `generation<m>`, see `trainer.train`; beside them
+    `generations.csv` and `generations.png` compare those that are complete. With `config.resume` complete generations
+    are kept, and the one that was interrupted is begun anew.
+
+    Returns:
+        The folder of all generations.
+
+    Raises:
+        ConfigError: The folder exists and is not to be gone on with, or is of another recipe; or see `trainer.train`.
+        DataError: The data cannot be used.
+        NonFiniteLossError: The loss of a generation is not finite.
+    """
+    accelerator = Accelerator()
+    main = accelerator.is_main_process
+    root, problem = run_folder(config), None
+    if main and root.exists():
+        problem = _refusal(config, root)
+    root, problem = broadcast_object_list([root, problem])  # the main process's date
+    if problem:
+        raise ConfigError(f'--output {config.output}, --experiment {config.experiment}: the folder {root} {problem}.')
+    reporter = Reporter(enabled=main, epochs=config.epochs)
+    lineage: Optional[_Lineage] = None
+    for number in range(config.generations + 1):
+        folder = root / f'generation{number}'
+        complete = broadcast_object_list([(folder / 'results.json').is_file()])[0]
+        taught = f'taught by generation {number - 1}' if number else f'patriarch, {config.patriarch}'
+        reporter.say(f'\ngeneration {number} of {config.generations}: {taught}{", kept" if complete else ""}')
+        if not complete:
+            if main and folder.exists():
+                shutil.rmtree(folder)  # what an interrupted run left
+            accelerator.wait_for_everyone()
+            train(generation_config(config, root, number), accelerator)
+            accelerator.free_memory()
+        accelerator.wait_for_everyone()
+        lineage = lineage or _Lineage(config, accelerator)
+        lineage.add(folder)
+        if main:
+            (root / 'args.yaml').write_text(yaml.safe_dump(config.settings(), sort_keys=False), encoding='utf-8')
+            _write(root, lineage)
+            reporter.console.print(render_generations(lineage.rows, f'{lineage.parts[-1]} part'))
+    close(accelerator)
+    return root
+
+
+def _write(root: Path, lineage: '_Lineage') -> None:
+    with (root / 'generations.csv').open('w', newline='', encoding='utf-8') as f:
+        names = list(dict.fromkeys(name for row in lineage.rows for name in row))
+        writer = csv.DictWriter(f, names)
+        writer.writeheader()
+        writer.writerows(lineage.rows)
+    plot_generations(
+        lineage.rows, f'{root.name}: {lineage.data.name}, {lineage.parts[-1]} part', root / 'generations.png')
+
+
+class _Lineage:
+    """Measures one generation after the other, each process its share of the images.
+
+    Attributes:
+        rows: A dict a generation: top-1 accuracies in percent on the part that counts (`exit<i>`, `ensemble` of the
+            exits, `generations_ensemble` of the deepest exits so far, by probabilities), `teacher_agreement` in
+            percent, and the means of `secondary_information` as `<part>_<name>` for that part and training images.
+        parts: Names of the parts measured, the one that counts last.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+        self.config = config
+        self.accelerator = accelerator
+        with accelerator.main_process_first():
+            self.data: ImageData = load_image_data(
+                config.dataset, config.data_dir, config.image_column, config.label_column, config.val_fraction,
+                config.in_chans, config.superclass_column,
+            )
+        train, counts = self.data.train, self.data.test or self.data.validation
+        index = np.linspace(0, len(train) - 1, min(len(train), _TRAIN_IMAGES)).astype(int)
+        self._splits = dict(train=train.select(index, 'train'), **{counts.name: counts})
+        self.parts = list(self._splits)
+        self.rows: List[Dict[str, Any]] = []
+        self._teacher: Dict[str, torch.Tensor] = {}
+        self._scores: Dict[str, torch.Tensor] = {}
+
+    def add(self, folder: Path) -> None:
+        """Measure the next generation."""
+        model, _ = load_checkpoint(str(folder))
+        model.to(self.accelerator.device)
+        number = len(self.rows)
+        row: Dict[str, Any] = dict(generation=number, seed=self.config.seed + number)
+        for part, split in self._splits.items():
+            loader = create_eval_loader(
+                split,
+                eval_transform(resolve_data_config(model=model)),
+                max(1, self.config.batch_size // self.accelerator.num_processes),
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+            )
+            with self.accelerator.autocast():
+                logits, target = collect_logits(model, loader, self.accelerator.device)
+            self._scores[part] = self._scores.get(part, 0.) + logits[-1].softmax(-1)
+            if part == self.parts[-1]:
+                outputs = [*logits, ensemble_logits(logits), self._scores[part]]
+                names = [*exit_names(model), 'generations_ensemble']
+                correct = {name: 100. * (z.argmax(-1) == target) for name, z in zip(names, outputs)}
+                row.update(self._means(correct))
+            known = self._means(secondary_information(
+                logits[-1],
+                target,
+                min(self.config.tsd_k, model.num_classes),
+                self.data.superclasses_of(model.num_classes),
+                self._teacher.get(part),
+            ))
+            if part == self.parts[-1] and number:
+                row['teacher_agreement'] = 100 * known['teacher_agreement']
+            row.update((f'{part}_{name}', value) for name, value in known.items())
+            self._teacher[part] = logits[-1]
+        self.rows.append(row)
+
+    def _means(self, values: Dict[str, torch.Tensor]) -> Dict[str, float]:
+        """Average over the images of all processes."""
+        table = torch.stack([v.float() for v in values.values()])
+        sums = torch.cat((table, torch.ones_like(table[:1]))).sum(1)
+        *totals, count = self.accelerator.reduce(sums.to(self.accelerator.device), 'sum').tolist()
+        return {name: total / count for name, total in zip(values, totals)}
