@@ -103,7 +103,13 @@ def plan(config: StudyConfig, data_dir: str, num_classes: int) -> List[TrainConf
         experiment=f'generations-{patriarch}',
         eta=None if patriarch == 'plain' else eta_for_top_score(patriarch, config.top_score, num_classes, base.tsd_k),
     ) for patriarch in ('plain', *TOLERANCES)]
-    return lines + [dataclasses.replace(base, method=m, experiment=m) for m in ('byot', 'deep-supervision')]
+    single = [dataclasses.replace(base, method=m, experiment=m) for m in ('byot', 'deep-supervision')]
+    # what another seed alone changes; the plain patriarch is the run with the first seed
+    single += [
+        dataclasses.replace(base, method='plain', seed=seed, experiment=f'plain-seed{seed}')
+        for seed in range(config.seed + 1, config.seed + 3)
+    ]
+    return lines + single
 
 
 def _prepare_worker(free: Any, precision: str) -> None:
@@ -142,21 +148,23 @@ def draw(rows: List[Dict[str, Any]], title: str, path: Path) -> None:
     """Draw the exits of each method, the generations behind each patriarch, and what the generations know."""
     figure = Figure(figsize=(13, 4.2), layout='constrained')
     methods, accuracies, knowledge = figure.subplots(1, 3)
-    plain = [row for row in rows if row['patriarch'] == 'plain' and row['method'] == 'plain']
-    deepest = float(plain[0]['exit0'])
+    plain = [
+        float(row['exit0']) for row in rows
+        if (row['method'], row['patriarch']) == ('plain', 'plain') and row.get('generation', '0') == '0'
+    ]
+    for axes in (methods, accuracies):
+        axes.axhspan(min(plain), max(plain), color='grey', alpha=0.25, label=f'plain, {len(plain)} seeds')
     for row in rows:
         if row['method'] != 'plain':
             exits = sorted(name for name in row if name.startswith('exit'))
             methods.plot(range(len(exits)), [row[name] for name in exits], 'o-', label=row['method'])
             methods.plot(len(exits), row['ensemble'], '*', color=methods.lines[-1].get_color(), markersize=11)
-    methods.axhline(deepest, color='black', linestyle=':', label='plain (one exit)')
     methods.set_xticks(range(len(exits) + 1), [*(f'exit {i}' for i in range(len(exits))), 'ensemble'])
     for patriarch in dict.fromkeys(row['patriarch'] for row in rows):
-        line = [row for row in rows if row['patriarch'] == patriarch and row['method'] == 'plain']
+        line = [row for row in rows if row['patriarch'] == patriarch and 'generation' in row]
         numbers = [int(row['generation']) for row in line]
         accuracies.plot(numbers, [float(row['exit0']) for row in line], 'o-', label=patriarch)
         knowledge.plot(numbers, [float(row['test_sibling_mass']) for row in line], 'o-', label=patriarch)
-    accuracies.axhline(deepest, color='black', linestyle=':')
     for axes in (accuracies, knowledge):
         axes.set_xticks(numbers)
         axes.set_xlabel('generation')

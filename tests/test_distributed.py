@@ -4,7 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+
+from timm_selfdistill.hub import save_model
 
 HERE = Path(__file__).parent
 COUNTS = ('count', 'top1_count', 'top5_count')
@@ -18,14 +21,29 @@ def launch(processes, script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    """Folder of an untrained network for ten classes."""
+    folder = tmp_path_factory.mktemp('teacher')
+    save_model(timm.create_model('test_resnet', num_classes=10), folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_loss_gradients_and_counts_of_one(tmp_path):
+@pytest.mark.parametrize('settings', [
+    ['--hint-weight', 0.5],
+    ['--hint-on', 'maps', '--hint-weight', 0.5, '--exit-teacher', 'all', '--exit-weights', 'equilibrium',
+     '--exit-head', 'cascade', '--teacher', 'TEACHER', '--alpha', 0.1, '--alpha-end', 0.9],
+    ['--patriarch', 'tsd', '--exit-teacher', 'ensemble', '--exit-weights', 'ramp', '--exit-head', 'separable'],
+], ids=['default', 'student', 'patriarch'])
+def test_two_processes_give_the_loss_gradients_and_counts_of_one(tmp_path, teacher, settings):
     dumps = []
+    settings = [teacher if s == 'TEACHER' else s for s in settings]
     for processes in (1, 2):
         path = tmp_path / f'{processes}.pt'
         out = launch(
             processes, HERE / 'one_step.py', path, '--model', 'test_resnet', '--exits', 1, 2, 3, '--batch-size', 48,
-            '--output', tmp_path, '--experiment', f'run{processes}', '--hint-weight', 0.5)
+            '--output', tmp_path, '--experiment', f'run{processes}', *settings)
         assert path.exists(), out.stderr[-3000:]
         dumps.append(torch.load(path))
     one, two = dumps

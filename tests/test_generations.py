@@ -160,7 +160,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(data, tmp_path):
 
 
 @pytest.mark.parametrize('more, message', [
-    (dict(tsd_k=9), 'k=9: expected a number from 2 to 8, the number of classes'),
+    (dict(tsd_k=9), '--tsd-k 9: expected a number from 2 to 8, the number of classes'),
     (dict(model='resnet81'), '--model resnet81'),
 ])
 def test_bad_settings_are_refused_before_anything_is_written(data, tmp_path, more, message):
@@ -196,7 +196,7 @@ def test_a_run_teaches_a_plain_student(finished, data, tmp_path):
 @pytest.mark.parametrize('teacher, message', [
     ('nowhere/run', '--teacher nowhere/run: there is no config.json in nowhere/run'),
     ('resnet81', r'--teacher resnet81: Unknown model \(resnet81\)'),
-    ('OTHER', 'has 10 classes, the student test_resnet_sd 8; they must be the same'),
+    ('OTHER', '--teacher .* has 10 classes, the student test_resnet_sd 8; they must be the same'),
 ])
 def test_a_teacher_that_cannot_teach_is_refused(data, tmp_path, teacher, message):
     if teacher == 'OTHER':

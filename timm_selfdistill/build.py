@@ -119,6 +119,9 @@ def build_task(
         ConfigError: The settings or the teacher do not fit the model.
     """
     distil = config.method == 'byot'
+    if config.patriarch == 'tsd' and config.tsd_k > model.num_classes:
+        raise ConfigError(
+            f'--tsd-k {config.tsd_k}: expected a number from 2 to {model.num_classes}, the number of classes.')
     try:
         return SelfDistillationTask(
             model,
@@ -143,4 +146,5 @@ def build_task(
     except ConfigError:
         raise
     except ValueError as e:
-        raise ConfigError(f'--model {config.model}: {e}') from e
+        option = f'--model {config.model}' if config.teacher is None else f'--teacher {config.teacher}'
+        raise ConfigError(f'{option}: {e}') from e

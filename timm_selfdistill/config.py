@@ -30,7 +30,7 @@ PRESETS: Dict[str, Dict[str, Any]] = {
     ),
 }
 
-# Shares of the cross entropy that are usual: the second paper's, and smoothing and penalty of a tenth.
+# Shares of the cross entropy by default. They are not of equal softness: see losses.eta_for_top_score.
 _ETA = {'tsd': 0.6, 'label-smoothing': 0.9, 'confidence-penalty': 0.9}
 
 
@@ -62,7 +62,7 @@ class TrainConfig:
     exits: Optional[Tuple[int, ...]] = None
     """Indices of feature_info after which auxiliary exits stand; the stage boundaries when None."""
     exit_head: str = 'bottleneck'
-    """Kind of exit head."""
+    """Kind of exit head: bottleneck, bottleneck-wide, cascade, linear, pooled or separable."""
     model_kwargs: Tuple[str, ...] = ()
     """More arguments of the model, as key=value."""
 

@@ -24,7 +24,7 @@ from .metrics import collect_logits, ensemble_logits, exit_names
 from .plots import plot_generations
 from .report import Reporter, render_generations
 from .secondary import secondary_information
-from .trainer import close, run_folder, train
+from .trainer import close, run_folder, train, use_all_cores
 
 __all__ = ['generation_config', 'train_generations']
 
@@ -92,6 +92,8 @@ def train_generations(config: TrainConfig) -> Path:
         NonFiniteLossError: The loss of a generation is not finite.
     """
     accelerator = Accelerator()
+    if accelerator.device.type == 'cpu':
+        use_all_cores()
     main = accelerator.is_main_process
     root, problem = run_folder(config), None
     if main and root.exists():

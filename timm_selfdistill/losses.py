@@ -215,7 +215,7 @@ def exit_weights(kind: str, shares: Sequence[float], progress: float = 1.0) -> L
 
     Args:
         kind: `equal`: each 1. `cost`: in proportion to the exits' shares of the compute, in sum the number of exits.
-            `ramp`: from 0.01 at the start of training to the exit's share at its end, as for Shallow-Deep Networks
+            `ramp`: from 0.01 at the start of training to the exit's share at its end, after Shallow-Deep Networks
             (Kaya et al., ICML 2019, arXiv 1810.07052). `equilibrium`: each 1; it is the gradients in the network that
             are scaled, see `tasks.SelfDistillationModule`.
         shares: Of each auxiliary exit, the part of the network's multiply-adds that has run, 0 to 1.

@@ -26,7 +26,7 @@ from .multi_exit import MultiExit
 from .plots import plot_accuracy_against_compute
 from .report import Reporter
 
-__all__ = ['NonFiniteLossError', 'close', 'run_folder', 'train']
+__all__ = ['NonFiniteLossError', 'close', 'run_folder', 'train', 'use_all_cores']
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -68,7 +68,7 @@ class _TermMeter:
         return OrderedDict(zip(self.names, sums.tolist()))
 
 
-def _use_all_cores() -> None:
+def use_all_cores() -> None:
     """Undo the launcher's OMP_NUM_THREADS=1: on a CPU the processes of this machine share its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
@@ -108,7 +108,7 @@ class _Run:
         self.accelerator = accelerator
         self.device = accelerator.device
         if self.device.type == 'cpu':
-            _use_all_cores()
+            use_all_cores()
         set_seed(config.seed)
         with accelerator.main_process_first():
             self.data = load_image_data(
