@@ -19,7 +19,7 @@ from timm_selfdistill.evaluation import (
     choose_split,
     list_checkpoints,
     open_network,
-    render_rows,
+    print_rows,
     short_names,
     subset,
 )
@@ -140,16 +140,16 @@ def print_results(console: Console, results: Dict[str, Dict[str, Any]], config: 
                 of_exit = [row for row in result['noise'] if row['exit'] == exit_name]
                 top1 = {f'{row["sigma"]:g}': f'{row["top1"]:.2f}' for row in of_exit}
                 rows.append(dict(network=name, exit=exit_name, **top1))
-        console.print(render_rows(rows, f'top-1 % by σ of the noise on all weights, {title}'))
+        print_rows(console, rows, f'top-1 % by σ of the noise on all weights, {title}')
     if 'scatter' in config.analysis:
         rows = [
             dict(network=name, exit=exit_name, ratio=ratio)
             for name, result in results.items() for exit_name, ratio in result['scatter'].items()
         ]
-        console.print(render_rows(rows, f'SSE/SSB of the features, {title}'))
+        print_rows(console, rows, f'SSE/SSB of the features, {title}')
     if 'secondary' in config.analysis:
         rows = [dict(network=name, **row) for name, result in results.items() for row in result['secondary']]
-        console.print(render_rows(rows, f'secondary information, {title}'))
+        print_rows(console, rows, f'secondary information, {title}')
 
 
 def plot_results(

@@ -17,7 +17,7 @@ from timm_selfdistill.evaluation import (
     TrainedNetwork,
     list_checkpoints,
     open_network,
-    render_rows,
+    print_rows,
     short_names,
 )
 from timm_selfdistill.launch import run_command
@@ -75,7 +75,7 @@ def main() -> None:
     title = f'linear classifier on frozen features, {network.data.name}, test part ({result["images"]:,} images)'
     plot_exit_bars(groups, 'top-1 accuracy, %', title, config.output / 'transfer.png')
     console = Console(highlight=False)
-    console.print(render_rows(rows, title))
+    print_rows(console, rows, title)
     console.print(f'written to {config.output}', soft_wrap=True, markup=False)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import yaml
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_data_config
 from torch.utils.data import DataLoader
@@ -19,7 +20,7 @@ from .multi_exit import MultiExit
 
 __all__ = [
     'EvaluationConfig', 'SplitConfig', 'TrainedNetwork', 'choose_split', 'list_checkpoints', 'open_network',
-    'render_rows', 'short_names', 'subset',
+    'print_rows', 'short_names', 'subset',
 ]
 
 
@@ -170,18 +171,25 @@ def short_names(checkpoints: Sequence[str]) -> List[str]:
     return names if len(set(names)) == len(names) else list(checkpoints)
 
 
-def render_rows(rows: List[Dict[str, Any]], title: str) -> Table:
-    """Lay out rows for a terminal, a column for each key of the first; None and what a row lacks stay empty."""
+def print_rows(console: Console, rows: List[Dict[str, Any]], title: str) -> None:
+    """Print rows as a table, a column for each key of the first; None and what a row lacks stay empty.
+
+    Where there is little room the headings are broken, not the figures, which rather run over the edge.
+    """
     table = Table(
         title=title, title_justify='left', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
         collapse_padding=True,
     )
+    cells = {key: [_text(row.get(key)) for row in rows] for key in rows[0]}
     for key, value in rows[0].items():
-        text = isinstance(value, str)
-        table.add_column(key.replace('_', ' '), justify='left' if text else 'right', no_wrap=text, overflow='fold')
-    for row in rows:
-        table.add_row(*map(_text, (row.get(key) for key in rows[0])))
-    return table
+        table.add_column(
+            key.replace('_', ' '), justify='left' if isinstance(value, str) else 'right', overflow='fold',
+            min_width=max(map(len, cells[key])),
+        )
+    for line in zip(*cells.values()):
+        table.add_row(*line)
+    needed = sum(max(map(len, column)) + 2 for column in cells.values())
+    console.print(table, width=max(console.width, needed), crop=False)
 
 
 def _text(value: Any) -> str:

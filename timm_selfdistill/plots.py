@@ -222,7 +222,8 @@ def plot_generations(rows: List[Dict[str, Any]], title: str, path: Union[str, Pa
     exits = sorted((key for key in rows[0] if key.removeprefix('exit').isdigit()), key=lambda key: int(key[4:]))
     colours = _exit_colours([*exits, 'ensemble'])
     styles = {name: dict(color=colours[name], marker='o') for name in exits}
-    styles['ensemble'] = dict(color=_ENSEMBLE, marker='s', label='ensemble of the exits')
+    if len(exits) > 1:
+        styles['ensemble'] = dict(color=_ENSEMBLE, marker='s', label='ensemble of the exits')
     styles['generations_ensemble'] = dict(
         color='tab:red', marker='D', linestyle='--', label='ensemble of the generations')
     numbers = [row['generation'] for row in rows]
