@@ -159,9 +159,9 @@ def best_scores(classes=10, seed=0, **supervision):
     z = torch.randn(1, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     z[0, 0] = 3.0  # the label holds the top score
     z.requires_grad_()
-    optimizer = torch.optim.Adam([z], lr=0.05)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1200)
-    for _ in range(1200):
+    optimizer = torch.optim.Adam([z], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
+    for _ in range(2000):
         terms = supervision_terms(z, torch.tensor([0]), **supervision)
         optimizer.zero_grad()
         sum(weight * value for weight, value in terms.values()).backward()
