@@ -159,6 +159,13 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(data, tmp_path):
     assert sorted(p.name for p in tmp_path.rglob('*') if p.is_file()) == ['thesis.txt', 'thesis.txt']
 
 
+def test_settings_that_cannot_be_read_are_named(finished, data, tmp_path):
+    shutil.copytree(finished[1], tmp_path / 'run')
+    (tmp_path / 'run' / 'generation1' / 'args.yaml').write_text('lr: [')
+    with pytest.raises(ConfigError, match='holds generation1, whose args.yaml cannot be read'):
+        train_generations(settings(data, tmp_path, resume='auto'))
+
+
 @pytest.mark.parametrize('more, message', [
     (dict(tsd_k=9), '--tsd-k 9: expected a number from 2 to 8, the number of classes'),
     (dict(model='resnet81'), '--model resnet81'),

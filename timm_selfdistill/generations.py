@@ -63,7 +63,12 @@ def _refusal(config: TrainConfig, root: Path) -> Optional[str]:
             if folder.exists() and any(folder.iterdir()):
                 return f'holds {folder.name}, which has no args.yaml and so is no generation of this program'
             continue
-        before = yaml.safe_load(args.read_text(encoding='utf-8'))
+        try:
+            before = yaml.safe_load(args.read_text(encoding='utf-8'))
+        except yaml.YAMLError as e:
+            return f'holds {folder.name}, whose args.yaml cannot be read: {e}'
+        if not before:
+            continue  # killed before it was written
         now = generation_config(config, root, number).settings()
         changed = [
             f'--{name.replace("_", "-")} was {before.get(name)} and is {now[name]}'
