@@ -21,9 +21,10 @@ import numpy as np
 import timm
 import torch
 import tyro
+import yaml
 from matplotlib.figure import Figure
 
-from timm_selfdistill.config import TrainConfig
+from timm_selfdistill.config import ConfigError, TrainConfig
 from timm_selfdistill.data import DataError
 from timm_selfdistill.generations import train_generations
 from timm_selfdistill.launch import run_command
@@ -58,7 +59,7 @@ class StudyConfig:
     precision: Literal['bf16', 'no'] = 'bf16'
     """bf16 autocast, which takes half the time on CPUs that know the type, or full precision."""
     work: str = 'output/study'
-    """Folder of the runs."""
+    """Folder of the data and the runs."""
     output: str = str(RESULTS)
     """Folder of study.csv and study.png."""
 
@@ -70,7 +71,7 @@ def make_data(config: StudyConfig) -> Tuple[str, int]:
         coarse = {part: np.asarray(table['coarse_label'][:]) for part, table in whole.items()}
     except (FileNotFoundError, KeyError, ValueError, datasets.exceptions.DatasetGenerationError) as e:
         raise DataError(f'--data-dir {config.data_dir}: expected CIFAR-100 as parquet files: {e}') from e
-    folder = Path(config.work) / 'data'
+    folder = Path(config.work) / f'data-{config.superclasses}x{config.images}'
     for part, table in whole.items():
         fine = np.asarray(table['fine_label'][:])
         used = coarse[part] < config.superclasses
@@ -82,9 +83,6 @@ def make_data(config: StudyConfig) -> Tuple[str, int]:
             used &= rank < config.images
         table = table.select(np.flatnonzero(used)).remove_columns('fine_label')
         table = table.add_column('fine_label', np.searchsorted(classes, fine[used]))
-        names = [str(whole['train'].features['fine_label'].names[c]) for c in classes] if isinstance(
-            whole['train'].features['fine_label'], datasets.ClassLabel) else [str(c) for c in classes]
-        table = table.cast_column('fine_label', datasets.ClassLabel(names=names))
         if not (folder / f'{part}.parquet').exists():
             folder.mkdir(parents=True, exist_ok=True)
             table.to_parquet(folder / f'{part}.parquet')
@@ -95,7 +93,8 @@ def plan(config: StudyConfig, data_dir: str, num_classes: int) -> List[TrainConf
     """List the runs, the long ones first."""
     base = TrainConfig(
         model=config.model, data_dir=data_dir, label_column='fine_label', superclass_column='coarse_label',
-        epochs=config.epochs, batch_size=64, lr=0.1, seed=config.seed, output=config.work,
+        epochs=config.epochs, batch_size=64, lr=0.1, seed=config.seed,
+        output=str(Path(config.work) / config.precision),
         mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), workers=0,
     )
     lines = [dataclasses.replace(
@@ -118,12 +117,19 @@ def _prepare_worker(free: Any, precision: str) -> None:
 
 
 def run(config: TrainConfig) -> float:
-    """Do one run unless it is complete already; return the seconds it took."""
+    """Do one run unless it is complete already; return the seconds it took.
+
+    Raises:
+        ConfigError: There is one of another recipe.
+    """
     started = time.perf_counter()
     folder = Path(config.output) / config.experiment
     if config.generations is not None:
         train_generations(config)
-    elif not (folder / 'results.json').exists():
+    elif (folder / 'results.json').exists():
+        if yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8')) != config.settings():
+            raise ConfigError(f'--work: {folder} holds a run of another recipe; choose another folder.')
+    else:
         shutil.rmtree(folder, ignore_errors=True)
         train(config)
     return time.perf_counter() - started

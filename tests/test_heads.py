@@ -3,7 +3,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from timm_selfdistill.heads import EXIT_HEADS, BottleneckHead, create_exit_head, head_settings
+from timm_selfdistill.heads import EXIT_HEADS, BottleneckHead, exit_head_kind, head_settings
 from timm_selfdistill.stages import count_macs, find_stages, meta_copy
 from timm_selfdistill.tasks import SelfDistillationModule
 
@@ -12,8 +12,8 @@ from timm_selfdistill.tasks import SelfDistillationModule
 @pytest.mark.parametrize('batch_norm', [True, False])
 @pytest.mark.parametrize('depthwise', [True, False])
 def test_heads_take_maps_to_logits(kind, batch_norm, depthwise):
-    head = create_exit_head(
-        kind, in_chs=12, num_classes=5, stride=4, width=16, batch_norm=batch_norm, depthwise=depthwise)
+    head = exit_head_kind(kind)(
+        in_chs=12, num_classes=5, stride=4, width=16, batch_norm=batch_norm, depthwise=depthwise)
     maps = torch.randn(3, 12, 9, 14)
     features = head.forward_features(maps)
     assert features.shape == (3, head.num_features)
@@ -28,7 +28,7 @@ def test_heads_take_maps_to_logits(kind, batch_norm, depthwise):
 @pytest.mark.parametrize('kind', sorted(EXIT_HEADS))
 @pytest.mark.parametrize('batch_norm', [True, False])
 def test_features_are_the_pooled_map_in_any_precision(kind, batch_norm):
-    head = create_exit_head(kind, in_chs=12, num_classes=5, stride=2, batch_norm=batch_norm).eval()
+    head = exit_head_kind(kind)(in_chs=12, num_classes=5, stride=2, batch_norm=batch_norm).eval()
     maps = torch.randn(2, 12, 9, 14)
     before = head.forward_map(maps)
     assert before.ndim == 4
@@ -41,8 +41,8 @@ def test_features_are_the_pooled_map_in_any_precision(kind, batch_norm):
 
 
 def test_the_wide_bottleneck_is_as_wide_as_the_deepest_exit():
-    head = create_exit_head('bottleneck-wide', in_chs=12, num_classes=5, stride=4, width=16, deep_features=72)
-    narrow = create_exit_head('bottleneck', in_chs=12, num_classes=5, stride=4, width=16, deep_features=72)
+    head = exit_head_kind('bottleneck-wide')(in_chs=12, num_classes=5, stride=4, width=16, deep_features=72)
+    narrow = exit_head_kind('bottleneck')(in_chs=12, num_classes=5, stride=4, width=16, deep_features=72)
     assert (head.num_features, head.map_chs, narrow.num_features) == (72, 72, 16)
     assert head.forward_map(torch.randn(2, 12, 16, 16)).shape == (2, 72, 4, 4)
     assert [k for k in head.state_dict() if not k.startswith('widen.')] == list(narrow.state_dict())
@@ -54,16 +54,16 @@ def test_the_wide_bottleneck_is_as_wide_as_the_deepest_exit():
 
 @pytest.mark.parametrize('stride, halvings', [(1, 0), (2, 1), (4, 2), (6, 2), (8, 3)])
 def test_separable_heads_halve_the_map_and_double_the_channels(stride, halvings):
-    head = create_exit_head('separable', in_chs=8, num_classes=5, stride=stride, deep_chs=24)
+    head = exit_head_kind('separable')(in_chs=8, num_classes=5, stride=stride, deep_chs=24)
     assert head.num_features == min(8 * 2 ** halvings, 24)
     assert head.forward_map(torch.randn(2, 8, 24, 32)).shape == (
         2, head.num_features, 24 // 2 ** halvings, 32 // 2 ** halvings)
     assert len(head.down) == max(1, halvings)
-    assert create_exit_head('separable', in_chs=32, num_classes=5, stride=2, deep_chs=24).num_features == 32
+    assert exit_head_kind('separable')(in_chs=32, num_classes=5, stride=2, deep_chs=24).num_features == 32
 
 
 def test_attention_damps_what_the_separable_convolutions_see():
-    head = create_exit_head('separable', in_chs=8, num_classes=5, stride=4)
+    head = exit_head_kind('separable')(in_chs=8, num_classes=5, stride=4)
     seen = []
     head.down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     maps = torch.randn(2, 8, 9, 14)
@@ -75,7 +75,7 @@ def test_attention_damps_what_the_separable_convolutions_see():
 
 
 def test_mixed_pooling_runs_from_mean_to_maximum():
-    head = create_exit_head('pooled', in_chs=3, num_classes=5)
+    head = exit_head_kind('pooled')(in_chs=3, num_classes=5)
     maps = torch.randn(2, 3, 8, 12)
     mean, peak = nn.functional.avg_pool2d(maps, (2, 3)).flatten(1), nn.functional.max_pool2d(maps, (2, 3)).flatten(1)
     torch.testing.assert_close(head.forward_features(maps), (mean + peak) / 2)
@@ -90,12 +90,12 @@ def test_mixed_pooling_runs_from_mean_to_maximum():
 ])
 def test_pooled_vectors_stay_modest(in_chs, deep_size, grid):
     with torch.device('meta'):
-        assert create_exit_head('pooled', in_chs=in_chs, num_classes=0, deep_size=deep_size).num_features \
+        assert exit_head_kind('pooled')(in_chs=in_chs, num_classes=0, deep_size=deep_size).num_features \
             == in_chs * grid ** 2
 
 
 def test_a_cascade_takes_the_logits_before_but_teaches_them_nothing():
-    head = create_exit_head('cascade', in_chs=8, num_classes=5, first=False).eval()
+    head = exit_head_kind('cascade')(in_chs=8, num_classes=5, first=False).eval()
     features, previous = torch.randn(3, head.num_features), torch.randn(3, 5, requires_grad=True)
     logits = head.forward_head(features, previous)
     assert not torch.allclose(logits, head.forward_head(features, previous.flip(1)))
@@ -107,7 +107,7 @@ def test_a_cascade_takes_the_logits_before_but_teaches_them_nothing():
     assert head.fc.in_features == head.num_features + 7
     head.reset_classifier(0)
     assert torch.equal(head.forward_head(features, previous), features)
-    first = create_exit_head('cascade', in_chs=8, num_classes=5)
+    first = exit_head_kind('cascade')(in_chs=8, num_classes=5)
     assert first.fc.in_features == first.num_features
 
 
@@ -124,7 +124,7 @@ def test_dropout_is_the_networks():
         assert [head.drop_rate for head in model.exit_heads] == [0.4, 0.4]
         assert timm.create_model(f'{name}_sd', exits=(1,)).exit_heads[0].drop_rate == 0
     features = torch.ones(1, 1000)
-    head = create_exit_head('linear', in_chs=1000, num_classes=0, drop_rate=0.4)
+    head = exit_head_kind('linear')(in_chs=1000, num_classes=0, drop_rate=0.4)
     assert 0.3 < (head.train().forward_head(features) == 0).float().mean() < 0.5
     assert torch.equal(head.eval().forward_head(features), features)
 

@@ -122,6 +122,7 @@ def build_task(
     if config.patriarch == 'tsd' and config.tsd_k > model.num_classes:
         raise ConfigError(
             f'--tsd-k {config.tsd_k}: expected a number from 2 to {model.num_classes}, the number of classes.')
+    teacher = _open_teacher(config, data_config)
     try:
         return SelfDistillationTask(
             model,
@@ -136,15 +137,13 @@ def build_task(
             hint_on=config.hint_on,
             exit_teacher=config.exit_teacher,
             weighting=config.exit_weights,
-            teacher=_open_teacher(config, data_config),
+            teacher=teacher,
             mean=data_config['mean'],
             std=data_config['std'],
             device=device,
             verbose=False,
             **config.teaching(),
         )
-    except ConfigError:
-        raise
     except ValueError as e:
         option = f'--model {config.model}' if config.teacher is None else f'--teacher {config.teacher}'
         raise ConfigError(f'{option}: {e}') from e

@@ -18,7 +18,6 @@ __all__ = [
     'PooledHead',
     'SeparableHead',
     'chain_logits',
-    'create_exit_head',
     'exit_head_kind',
     'head_settings',
 ]
@@ -341,15 +340,6 @@ def exit_head_kind(name: str) -> Callable[..., ExitHead]:
     return EXIT_HEADS[name]
 
 
-def create_exit_head(name: str, **kwargs: Any) -> ExitHead:
-    """Create an exit head by name.
-
-    Raises:
-        ValueError: The name is unknown; the message lists those that exist.
-    """
-    return exit_head_kind(name)(**kwargs)
-
-
 def chain_logits(heads: Iterable[ExitHead], features: Iterable[torch.Tensor]) -> List[torch.Tensor]:
     """Classify at successive exits, each of which is given the logits of the one before.
 
@@ -374,7 +364,7 @@ def head_settings(backbone: nn.Module, stages: Sequence[Stage]) -> List[Dict[str
         stages: What `find_stages` found in it.
 
     Returns:
-        Arguments of `create_exit_head` for each stage, all but the number of classes.
+        Arguments of the exit head after each stage, all but the number of classes.
     """
     modules = list(backbone.modules())
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)

@@ -104,14 +104,12 @@ def confidence_penalty(logits: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * log_p).sum(-1)
 
 
-# What a tolerant patriarch minimises beside the cross entropy, by the name of the term.
-TOLERANCES = ('tsd', 'label-smoothing', 'confidence-penalty')
-
-
-def _tolerance(kind: str, logits: torch.Tensor, k: int) -> torch.Tensor:
-    if kind == 'tsd':
-        return top_score_difference(logits, k)
-    return uniform_divergence(logits) if kind == 'label-smoothing' else confidence_penalty(logits)
+# What a tolerant patriarch minimises beside the cross entropy, of logits (N, num_classes) and K: one value an image.
+TOLERANCES: Dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    'tsd': top_score_difference,
+    'label-smoothing': lambda logits, k: uniform_divergence(logits),
+    'confidence-penalty': lambda logits, k: confidence_penalty(logits),
+}
 
 
 def eta_for_top_score(kind: str, top_score: float, num_classes: int, k: int = 5) -> float:
@@ -184,7 +182,7 @@ def supervision_terms(
     if label_weight * eta > 0:
         terms['ce'] = label_weight * eta, criterion(logits, target)
     if label_weight * (1 - eta) > 0:
-        terms[tolerance] = label_weight * (1 - eta), _tolerance(tolerance, logits, k).mean()
+        terms[tolerance] = label_weight * (1 - eta), TOLERANCES[tolerance](logits, k).mean()
     if label_weight < 1:
         divergence = distillation_loss(logits, teacher_logits, teacher_temperature, square_temperature)
         terms['teacher'] = 1 - label_weight, divergence
@@ -200,7 +198,12 @@ def exit_teachers(logits: Sequence[torch.Tensor], kind: str = 'deepest') -> List
 
     Returns:
         For each auxiliary exit its teachers' logits.
+
+    Raises:
+        ValueError: The kind is unknown.
     """
+    if kind not in EXIT_TEACHERS:
+        raise ValueError(f'{kind!r}: unknown, expected one of {", ".join(EXIT_TEACHERS)}.')
     deeper = [list(logits[i + 1:]) for i in range(len(logits) - 1)]
     if kind == 'all':
         return deeper
@@ -220,7 +223,12 @@ def exit_weights(kind: str, shares: Sequence[float], progress: float = 1.0) -> L
             are scaled, see `tasks.SelfDistillationModule`.
         shares: Of each auxiliary exit, the part of the network's multiply-adds that has run, 0 to 1.
         progress: Part of the training that is done, 0 to 1.
+
+    Raises:
+        ValueError: The kind is unknown.
     """
+    if kind not in EXIT_WEIGHTS:
+        raise ValueError(f'{kind!r}: unknown, expected one of {", ".join(EXIT_WEIGHTS)}.')
     if kind == 'cost':
         return [len(shares) * share / sum(shares) for share in shares]
     if kind == 'ramp':

@@ -250,7 +250,6 @@ class SelfDistillationTask(TrainingTask):
 
     def set_progress(self, progress: float) -> None:
         """Say which part of the training is done, 0 to 1: what has a schedule follows it."""
-        self.progress = progress
         for name, (start, end) in self.schedules.items():
             self.loss_args[name] = start + (end - start) * progress
         self.loss_args['weights'] = exit_weights(self.weighting, self.shares, progress)
