@@ -340,3 +340,12 @@ def test_any_loss_is_a_mean_over_images(exit_teacher, tolerance, alpha, eta, lab
     for x, y in zip(a, b):
         assert (x is None) == (y is None)
         assert x is None or torch.allclose(x, y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('call', [
+    lambda z: exit_teachers(z, 'first'),
+    lambda z: exit_weights('first', [0.5]),
+])
+def test_kinds_that_do_not_exist_are_refused(case, call):
+    with pytest.raises(ValueError, match="'first': unknown, expected one of"):
+        call(case['logits'])
