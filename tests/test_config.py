@@ -74,7 +74,14 @@ def test_a_config_file_that_is_not_there_is_named(tmp_path):
     (['--teacher', 'a/b', '--generations', '2'], '--teacher a/b: with --generations 2 each generation teaches'),
     (['--label-weight', '0.5'], '--label-weight 0.5: there is no teacher; pass --teacher or --generations'),
     (['--eta', '0.5'], '--eta 0.5: --patriarch plain has the cross entropy alone; others are tsd, label-smoothing'),
-    (['--resume', 'auto'], '--resume auto: goes on with generations; pass --generations and --experiment'),
+    (['--resume', 'auto', '--generations', '1'], '--resume auto: pass --experiment, the name of the generations'),
+    (['--checkpoint-every', '0'], '--checkpoint-every 0: expected steps, as in 500, or minutes, as in 10m'),
+    (['--checkpoint-every', '2.5'], '--checkpoint-every 2.5: expected steps'),
+    (['--checkpoint-every', 'm'], '--checkpoint-every m: expected steps'),
+    (['--images-per-epoch', '9'], '--images-per-epoch 9: goes with --streaming only'),
+    (['--streaming', '--loader', 'device'], '--loader device: streamed data are not kept'),
+    (['--streaming', '--generations', '1'], '--generations 1: needs data that are not streamed'),
+    (['--grad-accum-steps', '0'], '--grad-accum-steps 0: expected a number of 1 or more'),
 ])
 def test_values_out_of_range_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):

@@ -13,7 +13,9 @@ from conftest import write_two_colours
 from test_distributed import launch
 
 from timm_selfdistill import generations, trainer
+from timm_selfdistill.augment import eval_transform
 from timm_selfdistill.config import ConfigError, TrainConfig
+from timm_selfdistill.data import create_eval_loader, load_image_data
 from timm_selfdistill.generations import generation_config, train_generations
 from timm_selfdistill.hub import load_checkpoint, load_network
 from timm_selfdistill.trainer import train
@@ -86,9 +88,9 @@ def test_the_table_repeats_what_the_runs_measured(finished):
 def test_generations_measure_agreement_and_ensemble_over_all_images(finished, data):
     """By hand, from the weights that were saved."""
     config, root = finished
-    table = trainer.load_image_data(data_dir=data, label_column='fine')
-    loader = trainer.create_eval_loader(
-        table.test, trainer.eval_transform(generations.resolve_data_config(
+    table = load_image_data(data_dir=data, label_column='fine')
+    loader = create_eval_loader(
+        table.test, eval_transform(generations.resolve_data_config(
             model=load_checkpoint(str(root / 'generation0'))[0])), 64)
     images, target = (torch.cat(t) for t in zip(*loader))
     with torch.no_grad():
@@ -103,17 +105,22 @@ def test_generations_measure_agreement_and_ensemble_over_all_images(finished, da
 
 def test_a_killed_run_goes_on_in_the_generation_where_it_stopped(finished, data, tmp_path, monkeypatch):
     config, whole = finished
-    original = trainer._Run.train_epoch
+    original = trainer._Run.train_batch
+    steps = []
 
-    def die(run, epoch, reporter):
+    def die(run, *batch):
         if run.config.experiment == 'generation1':
-            raise KeyboardInterrupt
-        return original(run, epoch, reporter)
+            steps.append(run.steps)
+            if run.steps == 3:
+                raise KeyboardInterrupt
+        return original(run, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, 'train_epoch', die)
-        with pytest.raises(KeyboardInterrupt):
-            train_generations(settings(data, tmp_path, resume='auto'))
+        patch.setattr(trainer._Run, 'train_batch', die)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                train_generations(settings(data, tmp_path, resume='auto', checkpoint_every='2'))
+    assert steps == [0, 1, 2, 3, 2, 3]
     root = tmp_path / 'run'
     assert (root / 'generation1' / 'model.safetensors').exists()
     assert not (root / 'generation1' / 'results.json').exists()
@@ -162,7 +169,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(data, tmp_path):
 def test_settings_that_cannot_be_read_are_named(finished, data, tmp_path):
     shutil.copytree(finished[1], tmp_path / 'run')
     (tmp_path / 'run' / 'generation1' / 'args.yaml').write_text('lr: [')
-    with pytest.raises(ConfigError, match='holds generation1, whose args.yaml cannot be read'):
+    with pytest.raises(ConfigError, match='holds generation1 whose args.yaml cannot be read'):
         train_generations(settings(data, tmp_path, resume='auto'))
 
 

@@ -5,12 +5,12 @@ import dataclasses
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Literal, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, Iterable, List, Literal, Optional, Sequence, Tuple
 
 import tyro
 import yaml
 
-__all__ = ['PRESETS', 'ConfigError', 'TrainConfig', 'nearest', 'parse_train_config']
+__all__ = ['PRESETS', 'ConfigError', 'TrainConfig', 'nearest', 'parse_train_config', 'recipe_problem']
 
 _AUTHORS = dict(
     opt='momentum', momentum=0.9, lr=0.1, weight_decay=5e-4, batch_size=128, sched='multistep', decay_rate=0.1,
@@ -32,6 +32,12 @@ PRESETS: Dict[str, Dict[str, Any]] = {
 
 # Shares of the cross entropy by default. They are not of equal softness: see losses.eta_for_top_score.
 _ETA = {'tsd': 0.6, 'label-smoothing': 0.9, 'confidence-penalty': 0.9}
+
+
+# Settings that may change between two sittings at the same run: they leave its result as it is.
+INCIDENTAL = {
+    'output', 'experiment', 'resume', 'workers', 'log_interval', 'checkpoint_every', 'checkpoint_hist', 'report_to',
+}
 
 
 class ConfigError(ValueError):
@@ -78,6 +84,13 @@ class TrainConfig:
     """Column of the superclasses of the labels; with it generations tell how much of them a network knows."""
     val_fraction: float = 0.1
     """Part of the training data held out for validation where the data set has no such part."""
+    streaming: bool = False
+    """Read the data as they come instead of preparing them on disk first; nothing is held out for validation then."""
+    images_per_epoch: Optional[int] = None
+    """Training images that count as an epoch of streamed data; all of them when None, where their number is known."""
+    loader: Optional[Literal['device', 'workers']] = None
+    """Where batches are made. device: decoded images lie in the device's memory and are augmented there. workers: by
+    timm's transforms, image by image. When None the former where the images fit and --crop is pad."""
     workers: Optional[int] = None
     """Loader processes; when None, 4 with an accelerator and none on a CPU, which is busy with training."""
 
@@ -128,6 +141,14 @@ class TrainConfig:
     """Passes over the training data."""
     batch_size: int = 64
     """Images of one optimizer step, over all processes together: their number changes neither images nor rate."""
+    grad_accum_steps: int = 1
+    """Parts that each process takes its images of a step in, one after the other, to need less memory."""
+    grad_checkpointing: bool = False
+    """Compute activations anew in the backward pass instead of keeping them."""
+    channels_last: bool = True
+    """Keep images and convolutions with the channels innermost, which is faster."""
+    compile: bool = False
+    """Compile the forward pass and the loss with torch.compile."""
     opt: str = 'sgd'
     """timm's name of the optimizer."""
     lr: float = 0.05
@@ -193,9 +214,18 @@ class TrainConfig:
     output: str = 'output/train'
     """Folder of runs."""
     experiment: Optional[str] = None
-    """Name of this run's folder; date and model when None. Must not exist yet."""
+    """Name of this run's folder; date and model when None. Must not exist yet, unless --resume is given."""
     resume: Optional[Literal['auto']] = None
-    """auto: go on with the generations in --experiment's folder, or begin them where there is none."""
+    """auto: go on with the run in --experiment's folder, without that with the newest run of these settings in
+    --output, and begin where there is none."""
+    checkpoint_every: Optional[str] = None
+    """Optimizer steps between checkpoints, as in 500, or minutes, as in 10m. Ends of epochs have one in any case where
+    the last is more than a minute old."""
+    checkpoint_hist: int = 2
+    """Checkpoints to keep, the newest; the best weights by the validation part are kept beside them."""
+    report_to: Tuple[str, ...] = ()
+    """Trackers that follow the run: tensorboard, wandb, trackio, or another one that accelerate knows; all for all
+    that are installed."""
     log_interval: int = 50
     """Steps between two looks at the loss on an accelerator; a CPU looks at every step."""
 
@@ -212,6 +242,19 @@ class TrainConfig:
                 arguments[key] = text
         return arguments
 
+    def checkpoint_interval(self) -> Tuple[Optional[int], Optional[float]]:
+        """Return the optimizer steps and the seconds between checkpoints, of which `checkpoint_every` gives one."""
+        text = self.checkpoint_every
+        if text is None:
+            return None, None
+        try:
+            value = float(text[:-1]) if text.endswith('m') else int(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            raise ConfigError(f'--checkpoint-every {text}: expected steps, as in 500, or minutes, as in 10m.')
+        return (None, 60. * value) if text.endswith('m') else (value, None)
+
     def settings(self) -> Dict[str, Any]:
         """Return the settings as a dict of what YAML and JSON know, lists for tuples."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -223,7 +266,7 @@ class TrainConfig:
             cutmix=0, smoothing=0, alpha=0, hflip=0, workers=0, num_classes=1, img_size=1, log_interval=1, seed=0,
             model_ema_decay=0, color_jitter=0, drop=0, drop_path=0, min_lr=0, warmup_lr=0, decay_rate=0, clip_grad=0,
             layer_decay=0, alpha_end=0, hint_weight_end=0, last_phase_epochs=0, label_weight=0, eta=0, tsd_k=2,
-            generations=0, cutout=0,
+            generations=0, cutout=0, images_per_epoch=1, grad_accum_steps=1, checkpoint_hist=1,
         )
         at_most = dict(
             alpha=1, hflip=1, reprob=1, smoothing=1, model_ema_decay=1, drop=1, drop_path=1, alpha_end=1,
@@ -249,7 +292,18 @@ class TrainConfig:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ConfigError(f'--scale {self.scale[0]} {self.scale[1]}: expected two rising numbers from 0 to 1.')
         self.model_arguments()
+        self.checkpoint_interval()
+        self._check_data()
         self._check_teaching()
+
+    def _check_data(self) -> None:
+        """Raise ConfigError for settings about data that exclude or need each other."""
+        if self.images_per_epoch is not None and not self.streaming:
+            raise ConfigError(f'--images-per-epoch {self.images_per_epoch}: goes with --streaming only.')
+        if self.streaming and self.loader == 'device':
+            raise ConfigError('--loader device: streamed data are not kept; leave out --streaming or pass workers.')
+        if self.streaming and self.generations is not None:
+            raise ConfigError(f'--generations {self.generations}: needs data that are not streamed.')
 
     def _check_teaching(self) -> None:
         """Raise ConfigError for settings about teachers that exclude or need each other."""
@@ -269,8 +323,8 @@ class TrainConfig:
         if self.eta is not None and self.patriarch == 'plain':
             others = ', '.join(_ETA)
             raise ConfigError(f'--eta {self.eta}: --patriarch plain has the cross entropy alone; others are {others}.')
-        if self.resume is not None and (self.generations is None or self.experiment is None):
-            raise ConfigError('--resume auto: goes on with generations; pass --generations and --experiment.')
+        if self.resume is not None and self.generations is not None and self.experiment is None:
+            raise ConfigError('--resume auto: pass --experiment, the name of the generations to go on with.')
 
     def teaching(self) -> Dict[str, Any]:
         """Return what the settings say about labels, tolerance and teacher, defaults filled in."""
@@ -282,6 +336,34 @@ class TrainConfig:
             label_weight=self.label_weight if self.label_weight is not None else 0.1 if classic else 0.6,
             teacher_temperature=self.teacher_temperature or (4.0 if classic else 1.0),
         )
+
+
+def recipe_problem(args: Path, config: TrainConfig, incidental: Collection[str] = ()) -> Optional[str]:
+    """Compare a config with the `args.yaml` of a run; say why that run cannot be gone on with, None if it can.
+
+    Args:
+        args: The file.
+        config: The settings now.
+        incidental: More settings that may differ than `INCIDENTAL`.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    try:
+        before = yaml.safe_load(args.read_text(encoding='utf-8'))
+    except yaml.YAMLError as e:
+        return f'whose args.yaml cannot be read: {e}'
+    if not before:  # killed before it was written
+        return None
+    before, now = {**TrainConfig().settings(), **before}, config.settings()
+    may_differ = {*INCIDENTAL, *incidental}
+    if config.streaming:
+        may_differ.discard('workers')  # each has its own share of a stream
+    changed = [
+        f'--{name.replace("_", "-")} was {before[name]} and is {now[name]}'
+        for name in now if name not in may_differ and before[name] != now[name]
+    ]
+    return f'of another recipe: {"; ".join(changed)}' if changed else None
 
 
 def _read_yaml(path: str) -> Dict[str, Any]:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .signals import keep_worker_alive
+
 __all__ = [
     'DIGITS', 'DataError', 'EpochBatches', 'ImageData', 'ImageSplit', 'UnreadableImageError', 'create_eval_loader',
     'create_train_loader', 'load_digits', 'load_image_data',
@@ -366,8 +368,8 @@ class EpochBatches(Sampler):
     """Batches in an order that is a function of seed and epoch alone, cut to one process's share.
 
     A batch of `batch_size` rows is the whole batch of one optimizer step over all processes: with more of them each
-    takes a smaller slice, and the optimizer sees the same images. The last rows that fill no batch are left out, others
-    in every epoch.
+    takes a smaller slice, with `accumulate` a slice at a time, and the optimizer sees the same images. The last rows
+    that fill no batch are left out, others in every epoch.
 
     Args:
         length: Rows of the data set.
@@ -375,35 +377,63 @@ class EpochBatches(Sampler):
         seed: Seed of the order.
         rank: Number of this process.
         world_size: Number of processes.
+        accumulate: Slices that a process takes of a step, one after the other.
+
+    Attributes:
+        epoch: Number of the epoch, see `set_epoch`.
+        start: Steps of it that are left out.
+        steps: Steps of a whole epoch.
 
     Raises:
-        DataError: The data set is smaller than one batch, or the processes cannot share a batch evenly.
+        DataError: The data set is smaller than one batch, or a batch cannot be shared evenly.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
-        if batch_size < 1 or batch_size % world_size:
+    def __init__(
+            self,
+            length: int,
+            batch_size: int,
+            seed: int = 0,
+            rank: int = 0,
+            world_size: int = 1,
+            accumulate: int = 1,
+    ):
+        if batch_size < 1 or batch_size % (world_size * accumulate):
+            shares = f'{world_size}' if accumulate == 1 else f'{world_size}, times --grad-accum-steps {accumulate}'
             raise DataError(
-                f'--batch-size {batch_size}: expected a multiple of the number of processes, {world_size}; '
+                f'--batch-size {batch_size}: expected a multiple of the number of processes, {shares}; '
                 f'it counts the images of one step over all of them.'
             )
         if length < batch_size:
             raise DataError(f'--batch-size {batch_size} is more than the {length} training images.')
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.steps = length // batch_size
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and how many of its steps to leave out because they are done."""
+        self.epoch, self.start = epoch, start
+
+    def order(self) -> np.ndarray:
+        """Return the rows in the epoch's order (length,)."""
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+
+    def slices(self) -> Iterator[slice]:
+        """Yield the places in the epoch's order of one batch of this process after the other."""
+        share = self.batch_size // self.world_size
+        size = share // self.accumulate
+        for step in range(self.start, self.steps):
+            first = step * self.batch_size + self.rank * share
+            for begin in range(first, first + share, size):
+                yield slice(begin, begin + size)
 
     def __len__(self) -> int:
-        return self.length // self.batch_size
+        return (self.steps - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        local = self.batch_size // self.world_size
-        for step in range(len(self)):
-            start = step * self.batch_size + self.rank * local
-            yield [(self.epoch, int(row)) for row in order[start:start + local]]
+        order = self.order()
+        for places in self.slices():
+            yield [(self.epoch, int(row)) for row in order[places]]
 
 
 def create_train_loader(
@@ -414,16 +444,18 @@ def create_train_loader(
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
         pin_memory: bool = False,
 ) -> DataLoader:
     """Return a loader of shuffled, augmented batches; call `batch_sampler.set_epoch` before each epoch."""
     split.transform, split.seed = transform, seed
     return DataLoader(
         split,
-        batch_sampler=EpochBatches(len(split), batch_size, seed, rank, world_size),
+        batch_sampler=EpochBatches(len(split), batch_size, seed, rank, world_size, accumulate),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=keep_worker_alive,
     )
 
 
@@ -444,4 +476,5 @@ def create_eval_loader(
         sampler=range(rank, len(split), world_size),
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=keep_worker_alive,
     )

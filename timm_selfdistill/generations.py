@@ -5,7 +5,6 @@ fresh weights and a seed of their own, and are taught by the one before.
 """
 import csv
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -17,19 +16,18 @@ from accelerate.utils import broadcast_object_list
 from timm.data import resolve_data_config
 
 from .augment import eval_transform
-from .config import ConfigError, TrainConfig
-from .data import ImageData, create_eval_loader, load_image_data
+from .config import ConfigError, TrainConfig, recipe_problem
+from .data import ImageData, create_eval_loader
+from .folders import is_complete, run_folder
 from .hub import load_checkpoint
+from .loaders import open_data
 from .metrics import collect_logits, ensemble_logits, exit_names
 from .plots import plot_generations
 from .report import Reporter, render_generations
 from .secondary import secondary_information
-from .trainer import close, run_folder, train, use_all_cores
+from .trainer import close, create_accelerator, train, use_all_cores
 
 __all__ = ['generation_config', 'train_generations']
-
-# Settings that may change between two sittings at the same generations, the rest is the recipe.
-_INCIDENTAL = ('output', 'teacher', 'workers', 'log_interval')
 
 # Training images that tell what a network makes of those it has learned from.
 _TRAIN_IMAGES = 10_000
@@ -59,23 +57,13 @@ def _refusal(config: TrainConfig, root: Path) -> Optional[str]:
     for number in range(config.generations + 1):
         folder = root / f'generation{number}'
         args = folder / 'args.yaml'
-        if not args.is_file():
-            if folder.exists() and any(folder.iterdir()):
-                return f'holds {folder.name}, which has no args.yaml and so is no generation of this program'
-            continue
-        try:
-            before = yaml.safe_load(args.read_text(encoding='utf-8'))
-        except yaml.YAMLError as e:
-            return f'holds {folder.name}, whose args.yaml cannot be read: {e}'
-        if not before:
-            continue  # killed before it was written
-        now = generation_config(config, root, number).settings()
-        changed = [
-            f'--{name.replace("_", "-")} was {before.get(name)} and is {now[name]}'
-            for name in now if name not in _INCIDENTAL and before.get(name) != now[name]
-        ]
-        if changed:
-            return f'holds {folder.name} of another recipe: {"; ".join(changed)}'
+        if args.is_file():
+            # the teacher's path changes with the folder of all generations
+            problem = recipe_problem(args, generation_config(config, root, number), incidental=('teacher',))
+            if problem:
+                return f'holds {folder.name} {problem}'
+        elif folder.exists() and any(folder.iterdir()):
+            return f'holds {folder.name}, which has no args.yaml and so is no generation of this program'
     if not (root / 'generation0').exists():
         return 'holds no generations; choose the folder of generations, or a new name'
     return None
@@ -86,7 +74,7 @@ def train_generations(config: TrainConfig) -> Path:
 
     Each generation is a run of its own in the folder `generation<m>`, see `trainer.train`; beside them
     `generations.csv` and `generations.png` compare those that are complete. With `config.resume` complete generations
-    are kept, and the one that was interrupted is begun anew.
+    are kept, and the one that was interrupted goes on.
 
     Returns:
         The folder of all generations.
@@ -96,7 +84,7 @@ def train_generations(config: TrainConfig) -> Path:
         DataError: The data cannot be used.
         NonFiniteLossError: The loss of a generation is not finite.
     """
-    accelerator = Accelerator()
+    accelerator = create_accelerator()
     if accelerator.device.type == 'cpu':
         use_all_cores()
     main = accelerator.is_main_process
@@ -110,14 +98,12 @@ def train_generations(config: TrainConfig) -> Path:
     lineage: Optional[_Lineage] = None
     for number in range(config.generations + 1):
         folder = root / f'generation{number}'
-        complete = broadcast_object_list([(folder / 'results.json').is_file()])[0]
+        complete = broadcast_object_list([is_complete(folder)])[0]
         taught = f'taught by generation {number - 1}' if number else f'patriarch, {config.patriarch}'
         reporter.say(f'\ngeneration {number} of {config.generations}: {taught}{", kept" if complete else ""}')
         if not complete:
-            if main and folder.exists():
-                shutil.rmtree(folder)  # what an interrupted run left
-            accelerator.wait_for_everyone()
-            train(generation_config(config, root, number), accelerator)
+            own = generation_config(config, root, number)
+            train(dataclasses.replace(own, resume='auto'), accelerator)  # what was interrupted goes on
             accelerator.free_memory()
         accelerator.wait_for_everyone()
         lineage = lineage or _Lineage(config, accelerator)
@@ -153,11 +139,7 @@ class _Lineage:
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config = config
         self.accelerator = accelerator
-        with accelerator.main_process_first():
-            self.data: ImageData = load_image_data(
-                config.dataset, config.data_dir, config.image_column, config.label_column, config.val_fraction,
-                config.in_chans, config.superclass_column,
-            )
+        self.data: ImageData = open_data(config, accelerator)
         train, counts = self.data.train, self.data.test or self.data.validation
         index = np.linspace(0, len(train) - 1, min(len(train), _TRAIN_IMAGES)).astype(int)
         self._splits = dict(train=train.select(index, 'train'), **{counts.name: counts})

@@ -42,6 +42,7 @@ def save_model(
         folder: Union[str, Path],
         data_config: Optional[Dict[str, Any]] = None,
         label_names: Optional[Sequence[str]] = None,
+        weights: Optional[Dict[str, torch.Tensor]] = None,
 ) -> None:
     """Write `model.safetensors` and `config.json`, from which timm loads the folder as `local-dir:<folder>`.
 
@@ -52,13 +53,14 @@ def save_model(
         folder: Where to; created if needed.
         data_config: Preprocessing that the weights expect, see `timm.data.resolve_data_config`.
         label_names: Names of the classes.
+        weights: The model's state; its own when None.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model_config = dict(label_names=list(label_names)) if label_names else None
     tensors: Dict[str, torch.Tensor] = {}
     storages = set()
-    for key, tensor in model.state_dict().items():
+    for key, tensor in (model.state_dict() if weights is None else weights).items():
         # a layer used in several places (CoaT) has several names, under each of which it is loaded again
         shared = tensor.untyped_storage().data_ptr() in storages
         storages.add(tensor.untyped_storage().data_ptr())

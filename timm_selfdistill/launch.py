@@ -6,11 +6,16 @@ from typing import Callable, Optional
 
 import psutil
 
+from .checkpoints import CheckpointError
 from .config import ConfigError
 from .data import DataError
-from .trainer import NonFiniteLossError
+from .meters import NonFiniteLossError
+from .signals import Preempted
 
-__all__ = ['relaunch_on_cpu', 'run_command']
+__all__ = ['PREEMPTED', 'relaunch_on_cpu', 'run_command']
+
+# Exit status after a signal: sysexits.h's EX_TEMPFAIL, "try again later".
+PREEMPTED = 75
 
 # Any of these says that somebody has started the processes already.
 _STARTED = ('RANK', 'LOCAL_RANK', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')
@@ -19,14 +24,15 @@ _STARTED = ('RANK', 'LOCAL_RANK', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_
 def run_command(main: Callable[[], None]) -> None:
     """Run a recipe; report what its user can mend as a sentence on stderr and exit with status 2.
 
-    Of several processes the first one speaks, as the others know the same, unless the error is marked `local`.
+    After a signal the status is `PREEMPTED`; torch's and accelerate's launchers make 1 of it. Of several processes the
+    first one speaks, as the others know the same, unless the error is marked `local`.
     """
     try:
         main()
-    except (ConfigError, DataError, NonFiniteLossError, FileNotFoundError) as e:
+    except (CheckpointError, ConfigError, DataError, NonFiniteLossError, FileNotFoundError, Preempted) as e:
         if os.environ.get('RANK', '0') == '0' or getattr(e, 'local', False):
-            print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)
+            print(e if isinstance(e, Preempted) else f'error: {e}', file=sys.stderr)
+        sys.exit(PREEMPTED if isinstance(e, Preempted) else 2)
 
 
 def _launcher_arguments() -> Optional[argparse.Namespace]:

@@ -1,8 +1,7 @@
 """What a person sees of a run: a progress bar, a line an epoch, a table at the end."""
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Sequence
+from typing import Any, Dict, Iterable, Iterator, List
 
-import torch
 from accelerate import Accelerator
 from rich import box
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from .data import ImageData
+from .meters import TermMeter
 from .metrics import exit_costs
 from .multi_exit import MultiExit
 
@@ -95,31 +95,31 @@ class Reporter:
         self.say(f'device  {accelerator.num_processes} × {accelerator.device.type}, {precision}')
         self.say(f'folder  {folder}')
 
-    def steps(self, loader: Iterable, epoch: int) -> Iterator:
-        """Pass on the loader's batches under a progress bar, which shows on terminals only."""
+    def steps(self, batches: Iterable, count: int, epoch: int) -> Iterator:
+        """Pass on an epoch's batches under a progress bar, which shows on terminals only."""
         if not (self.enabled and self.console.is_terminal):
-            yield from loader
+            yield from batches
             return
         whole = Column(no_wrap=True, min_width=len(f'epoch {epoch + 1}/{self.epochs}'))
         columns = (
             TextColumn('epoch {task.fields[epoch]}/{task.fields[epochs]}', table_column=whole),
             BarColumn(bar_width=10),
-            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(len(loader))) + 1)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(count)) + 1)),
             TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
             TextColumn('{task.fields[terms]}', table_column=Column(no_wrap=True)),
         )
         with Progress(*columns, console=self.console, transient=True) as self.progress:
-            self.bar = self.progress.add_task('', total=len(loader), epoch=epoch + 1, epochs=self.epochs, terms='')
-            for batch in loader:
+            self.bar = self.progress.add_task('', total=count, epoch=epoch + 1, epochs=self.epochs, terms='')
+            for batch in batches:
                 yield batch
                 self.progress.advance(self.bar)
         self.progress = None
 
-    def terms(self, names: Sequence[str], values: torch.Tensor) -> None:
+    def terms(self, meter: TermMeter) -> None:
         """Show the loss and its terms, averaged over the epoch so far, each kind exit by exit."""
         if self.progress is not None:
             kinds: Dict[str, List[str]] = {}
-            for name, value in zip(names, values.tolist()):
+            for name, value in zip(meter.names, (meter.sums / meter.batches).tolist()):
                 kinds.setdefault(name.rstrip('0123456789'), []).append(f'{value:.2f}')
             self.progress.update(self.bar, terms=' '.join(f'{kind} {"/".join(v)}' for kind, v in kinds.items()))
 

@@ -79,6 +79,14 @@ class SelfDistillationModule(nn.Module):
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         return nested_group_matcher(self, 'model', coarse)
 
+    @property
+    def num_exits(self) -> int:
+        return self.model.num_exits
+
+    def forward_exits(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """Return the network's logits, for evaluation where parameters are sharded and this module brings them back."""
+        return self.model.forward_exits(x)
+
     def forward(
             self,
             x: torch.Tensor,
@@ -203,6 +211,7 @@ class SelfDistillationTask(TrainingTask):
             label_weight=label_weight,
             teacher_temperature=teacher_temperature,
         )
+        self.compute_loss = self_distillation_loss
         self.weighting = weighting
         self.shares = [model.stages[i].share for i in model.exits]
         self.trainable_module = SelfDistillationModule(
@@ -265,8 +274,15 @@ class SelfDistillationTask(TrainingTask):
         return self
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
-        """Compile the training forward; evaluation uses the model as it is."""
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        """Compile the training forward, the teacher's and the loss, each as one graph; modules stay what they are.
+
+        Call it before the modules are wrapped for several processes. Evaluation runs the network as it is.
+        """
+        compile_kwargs = dict(dict(fullgraph=True), backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module.compile(**compile_kwargs)
+        if self.teacher is not None:
+            self.teacher.compile(**compile_kwargs)
+        self.compute_loss = torch.compile(self_distillation_loss, **compile_kwargs)
         return self.get_eval_model()
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
@@ -306,7 +322,7 @@ class SelfDistillationTask(TrainingTask):
             with torch.no_grad():
                 view = input if self.same_view else input * self.teacher_scale + self.teacher_shift
                 teacher_logits = self.teacher(view).float()  # under autocast it may come in half precision
-        loss, terms = self_distillation_loss(
+        loss, terms = self.compute_loss(
             logits, target, hints, hint_target, criterion=self.criterion, teacher_logits=teacher_logits,
             **self.loss_args)
         return {'loss': loss, 'output': logits[-1], **terms}
