@@ -11,7 +11,14 @@ from rich.console import Console
 from timm_selfdistill.config import ConfigError
 from timm_selfdistill.evaluation import SplitConfig, choose_split, open_network
 from timm_selfdistill.launch import run_command
-from timm_selfdistill.metrics import collect_logits, ensemble_logits, evaluate_exits, exit_table, learn_ensemble
+from timm_selfdistill.metrics import (
+    collect_logits,
+    ensemble_logits,
+    evaluate_exits,
+    exit_costs,
+    exit_table,
+    learn_ensemble,
+)
 from timm_selfdistill.report import render_table
 
 
@@ -46,7 +53,7 @@ def main() -> None:
     by = 'probabilities' if config.ensemble == 'probabilities' else 'logits'
     metrics = evaluate_exits(
         model, network.batches(data.parts()[split]), device, ensemble=partial(ensemble_logits, by=by, weights=weights))
-    rows = exit_table(model, metrics, network.data_config['input_size'])
+    rows = exit_table(model, metrics, exit_costs(model, network.data_config['input_size']))
     if config.json:
         result = dict(checkpoint=config.checkpoint, dataset=data.name, split=split, ensemble=config.ensemble)
         if weights is not None:

@@ -1,4 +1,8 @@
 """Two processes do what one does, launched as a user launches them."""
+import csv
+import json
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,18 +11,22 @@ import pytest
 import timm
 import torch
 
+from timm_selfdistill.config import parse_train_config
 from timm_selfdistill.hub import save_model
+from timm_selfdistill.trainer import train
 
 HERE = Path(__file__).parent
+TRAIN = HERE.parent / 'recipes' / 'train.py'
 COUNTS = ('count', 'top1_count', 'top5_count')
 
 
+def command(processes, script, *arguments, options=()):
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', str(processes)]
+    return [*launcher, *map(str, options), str(script), *map(str, arguments)]
+
+
 def launch(processes, script, *arguments):
-    command = [
-        sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', str(processes),
-        str(script), *map(str, arguments),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(processes, script, *arguments), capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope='module')
@@ -66,20 +74,81 @@ def test_two_processes_give_the_loss_gradients_and_counts_of_one(tmp_path, teach
             assert metrics['ece'] == pytest.approx(two['metrics'][part][name]['ece'], rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_run(tmp_path):
-    out = launch(
-        2, HERE.parent / 'recipes' / 'train.py', '--model', 'test_resnet', '--exits', 2, 3, '--epochs', 1,
-        '--output', tmp_path, '--experiment', 'run', '--model-ema', '--workers', 1)
+TINY = ('--model', 'test_resnet', '--exits', 2, 3, '--epochs', 2, '--batch-size', 100)
+
+
+def rates(folder):
+    with (folder / 'summary.csv').open() as f:
+        return [row['lr'] for row in csv.DictReader(f)]
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    """Folder of a run of two processes."""
+    folder = tmp_path_factory.mktemp('two')
+    out = launch(2, TRAIN, *TINY, '--output', folder, '--experiment', 'run', '--model-ema')
     assert out.returncode == 0, out.stderr[-3000:]
-    assert out.stdout.count('epoch 1/1') == 1
+    assert out.stdout.count('epoch 1/2') == 1
     assert '2 × cpu' in out.stdout
-    assert (tmp_path / 'run' / 'model.safetensors').exists()
+    return folder / 'run'
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_changes_neither_steps_nor_learning_rate(two, tmp_path):
+    config = parse_train_config([*map(str, TINY), '--output', str(tmp_path), '--experiment', 'run'])
+    assert rates(train(config)) == rates(two)
+    assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['step24']
+    assert [p.name for p in (two / 'checkpoints').iterdir()] == ['step24']
+
+
+@pytest.mark.slow
+def test_two_machines_train_the_run_of_two_processes(two, tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    machines = [
+        subprocess.Popen(
+            command(
+                2, TRAIN, *TINY, '--output', tmp_path, '--experiment', 'run', '--model-ema', options=(
+                    '--num_machines', 2, '--machine_rank', rank, '--main_process_ip', '127.0.0.1',
+                    '--main_process_port', port,
+                )),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ) for rank in range(2)
+    ]
+    outs = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outs[0][-3000:]
+    assert 'epoch 2/2' in outs[0]
+    assert 'epoch 2/2' not in outs[1]
+    assert (tmp_path / 'run' / 'model.safetensors').read_bytes() == (two / 'model.safetensors').read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_accumulate_gradients(two, tmp_path):
+    out = launch(2, TRAIN, *TINY, '--output', tmp_path, '--experiment', 'run', '--grad-accum-steps', 2)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert rates(tmp_path / 'run') == rates(two)
+
+
+@pytest.mark.slow
+def test_sharded_parameters_train_and_go_on_to_the_bit(tmp_path):
+    arguments = (*TINY, '--output', tmp_path, '--checkpoint-every', 5, '--checkpoint-hist', 9)
+    out = launch(2, HERE / 'sharded.py', *arguments, '--experiment', 'whole')
+    assert out.returncode == 0, out.stderr[-3000:]
+    whole, half = tmp_path / 'whole', tmp_path / 'half'
+    shutil.copytree(whole / 'checkpoints' / 'step5', half / 'checkpoints' / 'step5')
+    shutil.copy(whole / 'args.yaml', half)
+    out = launch(2, HERE / 'sharded.py', *arguments, '--experiment', 'half', '--resume', 'auto')
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert 'checkpoints/step5: epoch 1, 5 of 12 steps done' in out.stdout
+    for name in ('model.safetensors', 'results.json', 'summary.csv'):
+        assert (whole / name).read_bytes() == (half / name).read_bytes(), name
+    assert json.loads((whole / 'results.json').read_text())['test'][-1]['top1'] > 50  # chance is 10
 
 
 @pytest.mark.slow
 def test_a_mistake_is_told_once(tmp_path):
-    out = launch(2, HERE.parent / 'recipes' / 'train.py', '--model', 'resnet81', '--output', tmp_path)
+    out = launch(2, TRAIN, '--model', 'resnet81', '--output', tmp_path)
     assert out.returncode != 0
     assert out.stderr.count('error: --model resnet81: timm has no such model') == 1
     assert list(tmp_path.iterdir()) == []

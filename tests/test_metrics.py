@@ -162,7 +162,7 @@ def test_costs_match_a_hand_count():
 
 def test_table_joins_costs_and_measurements(tiny):
     metrics = evaluate_exits(tiny, [(torch.randn(4, 3, 64, 64), torch.arange(4))])
-    rows = exit_table(tiny, metrics, (3, 64, 64))
+    rows = exit_table(tiny, metrics, exit_costs(tiny, (3, 64, 64)))
     assert [(r['exit'], r['stage']) for r in rows] == [
         ('exit0', 'layer2'), ('exit1', 'layer3'), ('exit2', 'layer4'), ('ensemble', 'all exits')]
     assert all({'params', 'macs', 'share', 'top1', 'top5', 'loss', 'ece', 'count'} <= set(r) for r in rows)

@@ -1,4 +1,5 @@
 import math
+from copy import deepcopy
 
 import pytest
 import timm
@@ -243,3 +244,33 @@ def test_hints_of_every_kind_of_head(exit_head, hint_on, batch):
 def test_settings_out_of_range_are_refused(tiny, setting, message):
     with pytest.raises(ValueError, match=message):
         make_task(tiny, **setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('weighting', ['ramp', 'equilibrium'])
+def test_a_compiled_task_is_the_same_task_without_graph_breaks_or_endless_recompiling(tiny, weighting):
+    torch._dynamo.reset()
+    tasks = [
+        SelfDistillationTask(
+            deepcopy(tiny), weighting=weighting, alpha_end=0.9, temperature_end=1., exit_teacher='ensemble',
+            teacher=timm.create_model('test_resnet', num_classes=5), verbose=False,
+        ) for _ in range(2)
+    ]
+    tasks[1].load_state_dict(tasks[0].state_dict())
+    tasks[1].compile(backend='aot_eager')
+    torch._dynamo.utils.counters.clear()
+    x, y = torch.randn(4, 3, 32, 32), torch.randint(5, (4,))
+    for step in range(4):
+        for task in tasks:
+            task.train()
+            task.zero_grad()
+            task.set_progress((step + 0.5) / 4)
+            result = task(x, y)
+            result['loss'].backward()
+        graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
+        if step == 1:
+            settled = graphs
+    assert graphs == settled, 'numbers that follow a schedule are compiled in'
+    assert not torch._dynamo.utils.counters['graph_break']
+    one, other = ([p.grad for p in task.trainable_module.parameters()] for task in tasks)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * a.abs().max().item()) for a, b in zip(one, other))

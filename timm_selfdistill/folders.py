@@ -85,8 +85,8 @@ def keep_rows(summary: Path, epochs: int) -> None:
     """Take the lines of later epochs out of a `summary.csv`: they are trained again."""
     if not summary.exists():
         return
-    header, *lines = summary.read_text(encoding='utf-8').splitlines(keepends=True) or ['']
-    kept = [line for line in lines if line.endswith('\n') and int(line.partition(',')[0]) < epochs]
+    header, *lines = summary.read_bytes().splitlines(keepends=True) or [b'']
+    kept = [line for line in lines if line.endswith(b'\n') and int(line.partition(b',')[0]) < epochs]
     beside = summary.with_suffix('.csv.new')
-    beside.write_text(''.join([header, *kept] if kept else []), encoding='utf-8')
+    beside.write_bytes(b''.join([header, *kept] if kept else []))
     beside.replace(summary)

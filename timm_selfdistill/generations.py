@@ -84,7 +84,7 @@ def train_generations(config: TrainConfig) -> Path:
         DataError: The data cannot be used.
         NonFiniteLossError: The loss of a generation is not finite.
     """
-    accelerator = create_accelerator()
+    accelerator = create_accelerator(config)
     if accelerator.device.type == 'cpu':
         use_all_cores()
     main = accelerator.is_main_process

@@ -264,14 +264,13 @@ def exit_costs(
 def exit_table(
         model: MultiExit,
         metrics: Dict[str, Dict[str, Any]],
-        input_size: Optional[Tuple[int, int, int]] = None,
+        costs: Dict[str, ExitCost],
 ) -> List[Dict[str, Any]]:
     """Join what `exit_costs` and `evaluate_exits` return: one dict an exit, the ensemble last.
 
     Besides their fields a dict has `exit`, the exit's name, and `stage`, timm's name of the place it stands after.
     """
     stages = [model.stages[i].module for i in (*model.exits, -1)] + ['all exits']
-    costs = exit_costs(model, input_size)
     return [
         dict(exit=name, stage=stage, **asdict(costs[name]), **metrics[name])
         for name, stage in zip(exit_names(model), stages)

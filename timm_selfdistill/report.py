@@ -10,8 +10,7 @@ from rich.table import Column, Table
 
 from .data import ImageData
 from .meters import TermMeter
-from .metrics import exit_costs
-from .multi_exit import MultiExit
+from .metrics import ExitCost
 
 __all__ = ['Reporter', 'render_generations', 'render_table']
 
@@ -80,17 +79,17 @@ class Reporter:
             folder: Path,
             data: ImageData,
             data_config: Dict[str, Any],
-            model: MultiExit,
+            costs: Dict[str, ExitCost],
+            architecture: str,
             accelerator: Accelerator,
     ) -> None:
         """Say what is about to be trained on what."""
         parts = ', '.join(f'{len(part):,} {name}' for name, part in data.parts().items())
         channels, height, width = data_config['input_size']
-        costs = exit_costs(model, data_config['input_size'])
         shares = ', '.join(f'{name} {100 * cost.share:.0f} %' for name, cost in costs.items() if name != 'ensemble')
         size = f'{channels}×{height}×{width}'
         self.say(f'data    {data.name}: {parts} images; {data.num_classes} classes; seen at {size}')
-        self.say(f'model   {model.pretrained_cfg["architecture"]}; share of the multiply-adds: {shares}')
+        self.say(f'model   {architecture}; share of the multiply-adds: {shares}')
         precision = accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'
         self.say(f'device  {accelerator.num_processes} × {accelerator.device.type}, {precision}')
         self.say(f'folder  {folder}')

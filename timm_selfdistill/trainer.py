@@ -27,7 +27,7 @@ from .folders import choose_folder, create_folder, is_complete, keep_rows
 from .hub import save_model, write_card
 from .loaders import Loaders, open_data, readable
 from .meters import NonFiniteLossError, TermMeter
-from .metrics import evaluate_exits, exit_names, exit_table
+from .metrics import evaluate_exits, exit_costs, exit_names, exit_table
 from .multi_exit import MultiExit
 from .plots import plot_accuracy_against_compute
 from .report import Reporter
@@ -50,12 +50,13 @@ def use_all_cores() -> None:
     torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
-def create_accelerator() -> Accelerator:
-    """Return what starts one process of a run, as the launcher's arguments say.
+def create_accelerator(config: TrainConfig) -> Accelerator:
+    """Return what makes this process one of those that the launcher has started.
 
-    Every parameter is used in every step, and in the same way, which DistributedDataParallel is told.
+    Every parameter is used in every step, and in the same way, which DistributedDataParallel is told; but its static
+    graph and gradients that are summed up before they are exchanged exclude each other (torch 2.15).
     """
-    return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)])
+    return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(static_graph=config.grad_accum_steps == 1)])
 
 
 class _Run:
@@ -86,10 +87,11 @@ class _Run:
                 f'so some of its training part must be held out.'
             )
         model, self.data_config = build_model(config, self.data)
+        self.costs = exit_costs(model, self.data_config['input_size'])
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
         self.task = build_task(config, model, self.device, self.data_config).to(self.device)
-        if config.channels_last:
+        if config.channels_last and not is_sharded(accelerator):  # FSDP asks for contiguous parameters
             self.task.to(memory_format=torch.channels_last)
         self.loaders = Loaders(config, self.data, self.data_config, accelerator)
         self.loader = self.loaders.train()
@@ -129,7 +131,8 @@ class _Run:
             raise ConfigError(
                 f'--opt {config.opt}: timm has no such optimizer{nearest(config.opt, list_optimizers())}.')
         options = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
-        fused = dict(fused=True) if 'fused' in options and self.device.type in ('cpu', 'cuda') else {}
+        # sharded parameters have no fused SGD (torch 2.15)
+        fusable = 'fused' in options and self.device.type in ('cpu', 'cuda') and not is_sharded(self.accelerator)
         return create_optimizer_v2(
             self.task.trainable_module,
             opt=config.opt,
@@ -137,7 +140,7 @@ class _Run:
             weight_decay=config.weight_decay,
             momentum=config.momentum,
             layer_decay=config.layer_decay,
-            **fused,
+            **(dict(fused=True) if fusable else {}),
         )
 
     def _create_mixup(self, num_classes: int) -> Optional[Mixup]:
@@ -156,7 +159,11 @@ class _Run:
         """Let accelerate wrap what is trained, for several processes or sharded over them."""
         config, accelerator, task = self.config, self.accelerator, self.task
         if is_sharded(accelerator):
-            for option, given in (('--model-ema', config.model_ema), ('--compile', config.compile)):
+            equilibrium = config.exit_weights == 'equilibrium'  # by hooks on parameters that FSDP replaces
+            for option, given in (
+                ('--model-ema', config.model_ema), ('--compile', config.compile),
+                ('--exit-weights equilibrium', equilibrium),
+            ):
                 if given:
                     raise ConfigError(f'{option}: cannot be had together with FSDP.')
             if not accelerator.is_fsdp2:
@@ -426,7 +433,7 @@ def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Pat
         Preempted: A signal asked to stop; a checkpoint has been written.
     """
     shared = accelerator is not None
-    accelerator = accelerator or create_accelerator()
+    accelerator = accelerator or create_accelerator(config)
     main = accelerator.is_main_process
     reporter = Reporter(enabled=main, epochs=config.epochs)
     folder = choose_folder(config, accelerator)
@@ -443,7 +450,8 @@ def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Pat
 def _train(run: _Run) -> None:
     config, accelerator, reporter = run.config, run.accelerator, run.reporter
     watched = run.data.validation or run.data.test
-    reporter.start(run.folder, run.data, run.data_config, run.model, accelerator)
+    architecture = run.model.pretrained_cfg['architecture']
+    reporter.start(run.folder, run.data, run.data_config, run.costs, architecture, accelerator)
     if config.resume is not None:
         run.resume()
     if run.steps == 0:
@@ -482,13 +490,14 @@ def _train(run: _Run) -> None:
 def _finish(run: _Run, watched: ImageSplit, metrics: Dict[str, Dict[str, Any]]) -> None:
     """Write what describes the last epoch's weights; those have been measured on the watched part already."""
     results = OrderedDict()
+    architecture = run.model.pretrained_cfg['architecture']
     for name, split in run.data.parts().items():
         if name != 'train':
             measured = metrics if split is watched else run.evaluate(split)
-            results[name] = exit_table(run.model, measured, run.data_config['input_size'])
+            results[name] = exit_table(run.model, measured, run.costs)
     if run.accelerator.is_main_process:
         split, rows = list(results.items())[-1]
-        title = f'{run.model.pretrained_cfg["architecture"]} on {run.data.name}, {split} part'
+        title = f'{architecture} on {run.data.name}, {split} part'
         plot_accuracy_against_compute(rows, title, run.folder / 'accuracy_vs_compute.png')
         write_card(
             run.folder, run.model, rows, split, run.data.name, run.config.settings(),
