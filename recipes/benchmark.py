@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Compare the speed and size of multi-exit networks with plain and hand-cut ones: `python recipes/benchmark.py`.
+"""Compare speed and size: `python recipes/benchmark.py` at inference, `python recipes/benchmark.py train` in training.
 
-Machines are noisy, so every figure is a ratio: both networks run in turn in the same process, again and again, and the
-median of the ratios and their spread are told.
+Machines are noisy, so every figure is a ratio: what is compared runs in turn in the same process, again and again, and
+the median of the ratios and their spread are told.
 """
 import dataclasses
 import json
@@ -17,6 +17,7 @@ import timm
 import torch
 import torch.nn as nn
 import tyro
+from benchmark_train import TrainBenchmarkConfig, run_benchmark
 from rich.console import Console
 from rich.table import Table
 from torch.utils.benchmark import Timer
@@ -57,21 +58,36 @@ class HandCut(nn.Module):
         return self.head(maps[-1])
 
 
+def compare(functions: List[Callable[[], float]], rounds: int) -> List[Dict[str, float]]:
+    """Call functions that return seconds in turn, forth and back, so that a drift of the machine's speed favours none.
+
+    Returns:
+        For each its median of seconds and, but for the first, the median and the middle half of the ratios to the first
+        one (`ratio`, `low`, `high`).
+    """
+    order = [*range(len(functions)), *reversed(range(len(functions)))]
+    seconds = []
+    for turn in range(rounds):
+        taken = [0.] * len(functions)
+        for i in order[turn % len(order):] + order[:turn % len(order)]:
+            taken[i] += functions[i]() / 2
+        seconds.append(taken)
+    figures = []
+    for i, taken in enumerate(zip(*seconds)):
+        figures.append(dict(seconds=statistics.median(taken)))
+        if i:
+            low, median, high = statistics.quantiles((t[i] / t[0] for t in seconds), n=4)
+            figures[-1].update(ratio=median, low=low, high=high)
+    return figures
+
+
 def paired_ratio(ours: Callable, rival: Callable, x: torch.Tensor, rounds: int) -> Dict[str, float]:
     """Time two callables in turn; return the median of ours over the rival's, and the middle half of the ratios."""
-    timers = [Timer('f(x)', globals=dict(f=f, x=x), num_threads=torch.get_num_threads()) for f in (ours, rival)]
+    timers = [Timer('f(x)', globals=dict(f=f, x=x), num_threads=torch.get_num_threads()) for f in (rival, ours)]
     for timer in timers:
         timer.timeit(2)
-    ratios = []
-    for turn in range(rounds):
-        # who goes first changes, so that a drift of the machine's speed favours neither
-        order = (0, 1, 1, 0) if turn % 2 else (1, 0, 0, 1)
-        seconds = [0., 0.]
-        for i in order:
-            seconds[i] += timers[i].timeit(1).mean
-        ratios.append(seconds[0] / seconds[1])
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return dict(ratio=median, low=low, high=high)
+    figures = compare([lambda timer=timer: timer.timeit(1).mean for timer in timers], rounds)[1]
+    return {name: figures[name] for name in ('ratio', 'low', 'high')}
 
 
 def size(network: nn.Module, input_size: Tuple[int, int, int]) -> Tuple[int, int]:
@@ -81,7 +97,7 @@ def size(network: nn.Module, input_size: Tuple[int, int, int]) -> Tuple[int, int
 
 
 @torch.inference_mode()
-def compare(name: str, config: BenchmarkConfig) -> List[Dict[str, Any]]:
+def compare_inference(name: str, config: BenchmarkConfig) -> List[Dict[str, Any]]:
     """Measure one network against its plain backbone, and each truncated one against the same cut by hand."""
     model = timm.create_model(f'{name}_sd').eval().to(config.device)
     input_size = model.pretrained_cfg['input_size']
@@ -113,15 +129,14 @@ def import_seconds(rounds: int) -> Dict[str, float]:
     return dict(seconds=median, low=low, high=high)
 
 
-def main() -> None:
-    config = tyro.cli(BenchmarkConfig)
-    console = Console()
+def inference(config: BenchmarkConfig, console: Console) -> Dict[str, Any]:
+    """Measure inference and show it; return the figures."""
     table = Table(title=f'inference on {config.device}, batches of {config.batch_size}, {config.rounds} rounds')
     for column in ('model', 'ours / rival', 'time', 'middle half', 'params', 'MACs'):
         table.add_column(column)
     rows = []
     for name in config.models:
-        for row in compare(name, config):
+        for row in compare_inference(name, config):
             rows.append(row)
             table.add_row(
                 row['model'], f'{row["ours"]} / {row["rival"]}',
@@ -132,13 +147,29 @@ def main() -> None:
     console.print(table)
     imported = import_seconds(11)
     console.print('import timm_selfdistill after timm: {seconds:.3f} s ({low:.3f} to {high:.3f})'.format(**imported))
+    return dict(rows=rows, import_seconds=imported)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    kinds = dict(inference=BenchmarkConfig, train=TrainBenchmarkConfig)
+    if not {*arguments} & {*kinds, '-h', '--help'}:
+        arguments = ['inference', *arguments]
+    config = tyro.extras.subcommand_cli_from_dict(kinds, args=arguments, description=__doc__)
+    console = Console()
+    training = isinstance(config, TrainBenchmarkConfig)
+    figures = (train if training else inference)(config, console)
     if config.output:
-        where = torch.cuda.get_device_name() if config.device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
+        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads'
         machine = dict(torch=torch.__version__, timm=timm.__version__, python=platform.python_version(), device=where)
-        settings = dict(batch_size=config.batch_size, rounds=config.rounds)
-        figures = dict(machine=machine, settings=settings, rows=rows, import_seconds=imported)
+        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ('models', 'device', 'output')}
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        config.output.write_text(json.dumps(figures, indent=1) + '\n')
+        config.output.write_text(json.dumps(dict(machine=machine, settings=settings, **figures), indent=1) + '\n')
+
+
+def train(config: TrainBenchmarkConfig, console: Console) -> Dict[str, Any]:
+    """Measure training and show it; return the figures."""
+    return dict(rows=run_benchmark(config, compare, console))
 
 
 if __name__ == '__main__':

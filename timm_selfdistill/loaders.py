@@ -1,11 +1,24 @@
 """Where a run's batches come from: workers, the device's memory, or a stream."""
-from typing import Any, Dict, Iterable, Iterator
+from typing import Any, Dict, Iterable, Iterator, Optional
 
+import torch
 from accelerate import Accelerator
 
 from .augment import eval_transform, train_transform
-from .config import TrainConfig
-from .data import DataError, ImageData, ImageSplit, create_eval_loader, create_train_loader, load_image_data
+from .config import ConfigError, TrainConfig
+from .data import (
+    DataError,
+    EpochBatches,
+    ImageData,
+    ImageSplit,
+    create_eval_loader,
+    create_train_loader,
+    load_image_data,
+)
+from .device_augment import BatchAugment, supports
+from .device_data import DeviceEvalLoader, DeviceLoader, decode_split, fits_on_device
+from .signals import let_loader_notice
+from .streaming import create_streamed_eval_loader, create_streamed_train_loader, load_streamed_data
 
 __all__ = ['Loaders', 'WorkerDiedError', 'open_data', 'readable']
 
@@ -20,9 +33,14 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
     """Open the data that a config names, the main process first, so that it alone prepares them on disk.
 
     Raises:
-        DataError: See `data.load_image_data`.
+        DataError: See `data.load_image_data` and `streaming.load_streamed_data`.
     """
     with accelerator.main_process_first():
+        if config.streaming:
+            return load_streamed_data(
+                config.dataset, config.data_dir, config.image_column, config.label_column, config.in_chans,
+                config.num_classes, config.images_per_epoch,
+            )
         return load_image_data(
             config.dataset, config.data_dir, config.image_column, config.label_column, config.val_fraction,
             config.in_chans, config.superclass_column,
@@ -37,7 +55,9 @@ def readable(batches: Iterable) -> Iterator:
         WorkerDiedError: A worker process was killed.
     """
     try:
-        yield from batches
+        for batch in batches:
+            let_loader_notice()  # torch sets its handler when it starts workers
+            yield batch
     except DataError as e:
         text = str(e)
         if text.startswith('Caught '):  # torch puts the worker's whole traceback there; its last line is the message
@@ -47,7 +67,9 @@ def readable(batches: Iterable) -> Iterator:
         if 'DataLoader worker' not in str(e):
             raise
         raise WorkerDiedError(
-            f'A loader process died: {e} Often the memory was full: fewer --workers need less of it.') from e
+            f'A loader process died: {str(e).rstrip(". ")}. Often the memory was full, or the shared memory: '
+            f'fewer --workers need less of it.'
+        ) from e
 
 
 class Loaders:
@@ -58,6 +80,12 @@ class Loaders:
         data: The data.
         data_config: Preprocessing of the network, see `build.build_model`.
         accelerator: Knows device and processes.
+
+    Attributes:
+        kind: Where batches are made: `device`, `workers` or `stream`.
+
+    Raises:
+        ConfigError: `--loader device` was asked for and cannot be had.
     """
 
     def __init__(self, config: TrainConfig, data: ImageData, data_config: Dict[str, Any], accelerator: Accelerator):
@@ -67,6 +95,31 @@ class Loaders:
         self.accelerator = accelerator
         small = max(data.image_size) <= data_config['input_size'][-1]
         self.crop = config.crop or ('pad' if small else 'rrc')
+        self.augment = dict(
+            hflip=config.hflip if config.hflip is not None else 0.5 if data.mirrored else 0.,
+            auto_augment=config.aa,
+            re_prob=config.reprob,
+            cutout=config.cutout,
+        )
+        if config.streaming:
+            self.kind = 'stream'
+        else:
+            obstacle = 'asked for' if config.loader == 'workers' else self._obstacle()
+            self.kind = 'device' if obstacle is None else 'workers'
+            if obstacle and config.loader == 'device':
+                raise ConfigError(f'--loader device: {obstacle}; pass --loader workers.')
+        self._resident: Dict[str, DeviceEvalLoader] = {}
+
+    def _obstacle(self) -> Optional[str]:
+        """Say why batches cannot be made on the device, None if they can."""
+        config = self.config
+        if not supports(self.crop, config.color_jitter, config.aa):
+            recipe = f'--crop {self.crop}, --aa {config.aa}, --color-jitter {config.color_jitter:g}'
+            return f'what {recipe} ask for is not done there'
+        count = sum(len(part) for part in self.data.parts().values())
+        if not fits_on_device(count, self.data_config['input_size'], self.accelerator.device):
+            return f'{count:,} images do not fit into a quarter of the free memory of {self.accelerator.device}'
+        return None
 
     def _shared(self) -> Dict[str, Any]:
         on_cpu = self.accelerator.device.type == 'cpu'
@@ -78,24 +131,38 @@ class Loaders:
             pin_memory=not on_cpu,
         )
 
+    def _decode(self, split: ImageSplit, training: bool = False) -> torch.Tensor:
+        main = self.accelerator.is_main_process
+        with self.accelerator.main_process_first():  # the others find what it has decoded
+            workers = max(1, torch.get_num_threads())
+            return decode_split(split, self.data_config, training, workers=workers, progress=main)
+
     def train(self) -> Iterable:
         """Return the loader of training batches; its `batch_sampler` knows the number of steps of an epoch."""
-        config, data = self.config, self.data
+        config, split, shared = self.config, self.data.train, self._shared()
+        if self.kind == 'device':
+            batches = EpochBatches(
+                len(split), config.batch_size, config.seed, shared['rank'], shared['world_size'],
+                config.grad_accum_steps,
+            )
+            augment = BatchAugment(self.data_config, self.accelerator.device, **self.augment)
+            return DeviceLoader(self._decode(split, training=True), split.labels, batches, augment)
         transform = train_transform(
-            self.data_config,
-            crop=self.crop,
-            hflip=config.hflip if config.hflip is not None else 0.5 if data.mirrored else 0.,
-            scale=config.scale,
-            color_jitter=config.color_jitter,
-            auto_augment=config.aa,
-            re_prob=config.reprob,
-            cutout=config.cutout,
-        )
-        return create_train_loader(
-            data.train, transform, config.batch_size, config.seed, accumulate=config.grad_accum_steps,
-            **self._shared())
+            self.data_config, crop=self.crop, scale=config.scale, color_jitter=config.color_jitter, **self.augment)
+        create = create_streamed_train_loader if self.kind == 'stream' else create_train_loader
+        return create(
+            split, transform, config.batch_size, config.seed, accumulate=config.grad_accum_steps, **shared)
 
     def evaluation(self, split: ImageSplit) -> Iterable:
         """Return the loader of this process's share of a part."""
         batch_size = max(1, self.config.batch_size // self.accelerator.num_processes)
-        return create_eval_loader(split, eval_transform(self.data_config), batch_size, **self._shared())
+        shared = self._shared()
+        if self.kind == 'device':
+            if split.name not in self._resident:
+                self._resident[split.name] = DeviceEvalLoader(
+                    self._decode(split), split.labels, self.data_config, batch_size, self.accelerator.device,
+                    shared['rank'], shared['world_size'],
+                )
+            return self._resident[split.name]
+        create = create_streamed_eval_loader if self.kind == 'stream' else create_eval_loader
+        return create(split, eval_transform(self.data_config), batch_size, **shared)

@@ -84,7 +84,8 @@ class Reporter:
             accelerator: Accelerator,
     ) -> None:
         """Say what is about to be trained on what."""
-        parts = ', '.join(f'{len(part):,} {name}' for name, part in data.parts().items())
+        counts = {name: f'{len(part):,}' if hasattr(part, '__len__') else 'some' for name, part in data.parts().items()}
+        parts = ', '.join(f'{count} {name}' for name, count in counts.items())
         channels, height, width = data_config['input_size']
         shares = ', '.join(f'{name} {100 * cost.share:.0f} %' for name, cost in costs.items() if name != 'ensemble')
         size = f'{channels}×{height}×{width}'

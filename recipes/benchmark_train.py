@@ -1,0 +1,276 @@
+"""Speed and memory of training, for `python recipes/benchmark.py train`."""
+import dataclasses
+import itertools
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Tuple
+
+import psutil
+import timm
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from timm_selfdistill.config import TrainConfig
+from timm_selfdistill.hub import save_model
+from timm_selfdistill.loaders import Loaders
+from timm_selfdistill.trainer import _Run, create_accelerator
+
+Method = Literal['plain', 'deep-supervision', 'byot', 'kd']
+Batch = Tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclasses.dataclass
+class TrainBenchmarkConfig:
+    """Compare the methods' steps with plain training, the loop with a bare one, and the loaders with each other; with
+    `accelerate launch --mixed_precision bf16` in mixed precision."""
+
+    model: str = 'resnet18_cifar'
+    """Network that is trained."""
+    teacher: str = 'resnet50_cifar'
+    """Network that teaches it in the method kd; its own training is not counted."""
+    methods: Tuple[Method, ...] = ('plain', 'deep-supervision', 'byot', 'kd')
+    """What to compare, the first with all others."""
+    batch_size: int = 64
+    """Images of a step."""
+    num_classes: int = 100
+    """Classes of the networks."""
+    data_dir: Optional[str] = None
+    """Images to train on; digits at 32×32 when None."""
+    label_column: Optional[str] = None
+    """Column of the labels, where the data set leaves a choice."""
+    rounds: int = 11
+    """Times that everything is compared."""
+    compile: bool = False
+    """Compile the steps."""
+    loaders: bool = True
+    """Compare the loaders as well."""
+    output: Optional[Path] = None
+    """Write the figures to this JSON file as well."""
+
+
+def _open(
+        config: TrainBenchmarkConfig,
+        method: str,
+        folder: Path,
+        name: str,
+        accelerator: Optional[Accelerator] = None,
+) -> _Run:
+    """Set up a run with the default settings but for what is compared, in the folder `name`."""
+    settings = TrainConfig(
+        model=config.model, method=method, teacher=str(folder / 'teacher') if method == 'kd' else None, epochs=1000,
+        batch_size=config.batch_size, num_classes=config.num_classes, data_dir=config.data_dir,
+        label_column=config.label_column, compile=config.compile, output=str(folder), experiment=name,
+    )
+    run = _Run(settings, accelerator or create_accelerator(settings), folder / name)
+    run.task.train()
+    return run
+
+
+def _wait(device: torch.device) -> float:
+    """Return the time at which the device has done all that it was told."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _endless(run: _Run) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        run.loader.batch_sampler.set_epoch(epoch)
+        yield from run.loader
+
+
+def _parts(run: _Run, batches: Iterator[Batch]) -> Dict[str, float]:
+    """Take a step, waiting for the device after each of its parts; return their seconds."""
+    marks = [_wait(run.device)]
+    images, target = next(batches)
+    marks.append(_wait(run.device))
+    with run.accelerator.autocast():
+        loss = run.task(images, target)['loss']
+    marks.append(_wait(run.device))
+    run.accelerator.backward(loss)
+    marks.append(_wait(run.device))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    marks.append(_wait(run.device))
+    return dict(zip(('data', 'forward', 'backward', 'optimizer'), (b - a for a, b in itertools.pairwise(marks))))
+
+
+def _step(run: _Run, batches: Iterator[Batch], steps: int) -> float:
+    """Return the seconds that a step of the trainer takes, data included."""
+    started = _wait(run.device)
+    for _ in range(steps):
+        run.train_batch(*next(batches))
+    return (_wait(run.device) - started) / steps
+
+
+def _bare_step(run: _Run, batches: List[Batch], optimizer: torch.optim.Optimizer) -> float:
+    """Return the seconds of a step as one would write it without a trainer."""
+    started = _wait(run.device)
+    for images, target in batches:
+        with run.accelerator.autocast():
+            loss = run.task(images, target)['loss']
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (_wait(run.device) - started) / len(batches)
+
+
+class _Given:
+    """A loader of batches that are there already."""
+
+    def __init__(self, batches: List[Batch]):
+        self.batches = batches
+        self.batch_sampler = self
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def _loop_step(run: _Run) -> float:
+    """Return the seconds of a step of the trainer's whole loop."""
+    run.step = 0
+    started = _wait(run.device)
+    run.train_epoch()
+    return (_wait(run.device) - started) / len(run.loader)
+
+
+def _epoch(loader: Any) -> float:
+    """Return the seconds in which a loader gives an image."""
+    loader.batch_sampler.set_epoch(loader.batch_sampler.epoch + 1)
+    started, count = time.perf_counter(), 0
+    for images, _ in loader:
+        count += len(images)
+    return (_wait(images.device) - started) / count
+
+
+def _peak(config: TrainBenchmarkConfig, method: str, folder: Path) -> Optional[int]:
+    """Return the bytes that a run needs at most in three steps, of a GPU's memory or else of this process's."""
+    status = Path('/proc/self/status')
+    if not torch.cuda.is_available() and not status.exists():
+        return None
+    before = psutil.Process().memory_info().rss
+    run = _open(config, method, folder, f'{method}-peak')
+    _step(run, _endless(run), 3)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    words = status.read_text().split()
+    return int(words[words.index('VmHWM:') + 1]) * 1024 - before
+
+
+def _peak_memory(config: TrainBenchmarkConfig, method: str, folder: Path) -> Optional[int]:
+    """Return what `_peak` does in a fresh process, whose memory nothing else has filled."""
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak, config, method, folder).result()
+
+
+def measure(config: TrainBenchmarkConfig, compare: Callable, folder: Path) -> List[Dict[str, Any]]:
+    """Measure everything; return a row a comparison.
+
+    Args:
+        config: The settings.
+        compare: Calls functions that return seconds in turn, and returns the medians and, but for the first one, the
+            ratios to it.
+        folder: Where runs may write.
+    """
+    save_model(timm.create_model(config.teacher, num_classes=config.num_classes), folder / 'teacher')
+    peaks = {method: _peak_memory(config, method, folder) for method in config.methods}
+    accelerator = create_accelerator(TrainConfig())
+    runs = {method: _open(config, method, folder, method, accelerator) for method in config.methods}
+    streams = {method: _endless(run) for method, run in runs.items()}
+    steps = 20 if torch.cuda.is_available() else 1
+    for method, run in runs.items():
+        _step(run, streams[method], 3 * steps)
+    rows = []
+    stepping = {m: (lambda m=m: _step(runs[m], streams[m], steps)) for m in runs}
+    for method, figures in zip(runs, compare(list(stepping.values()), config.rounds)):
+        parts = [_parts(runs[method], streams[method]) for _ in range(config.rounds)]
+        rows.append(dict(
+            what='step', name=method, **figures, images_per_second=config.batch_size / figures['seconds'],
+            macs=runs[method].costs['ensemble'].macs, peak_bytes=peaks[method],
+            **{name: sorted(p[name] for p in parts)[len(parts) // 2] for name in parts[0]},
+        ))
+    rows += _loop(config, compare, folder, accelerator)
+    if config.loaders:
+        rows += _loaders(config, compare, folder, accelerator)
+    return rows
+
+
+def _loop(config: TrainBenchmarkConfig, compare: Callable, folder: Path, accelerator: Accelerator) -> List[Dict]:
+    """Compare the trainer's loop with a bare one, over the same batches."""
+    bare, ours = (_open(config, 'byot', folder, name, accelerator) for name in ('bare', 'ours'))
+    count = 50 if torch.cuda.is_available() else 4
+    batches = list(itertools.islice(_endless(bare), count))
+    ours.loader = _Given(batches)
+    options = dict(lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(bare.task.trainable_module.parameters(), **options)
+    for _ in range(2):
+        _bare_step(bare, batches, optimizer), _loop_step(ours)
+    figures = compare([lambda: _bare_step(bare, batches, optimizer), lambda: _loop_step(ours)], config.rounds)
+    return [
+        dict(what='loop', name=name, **f, images_per_second=config.batch_size / f['seconds'])
+        for name, f in zip(('bare loop', 'trainer'), figures)
+    ]
+
+
+def _loaders(config: TrainBenchmarkConfig, compare: Callable, folder: Path, accelerator: Accelerator) -> List[Dict]:
+    """Compare the loaders, without training."""
+    run = _open(config, 'plain', folder, 'loaders', accelerator)
+    kinds = {}
+    for kind, workers in (('workers', 0), ('workers', torch.get_num_threads()), ('device', None)):
+        settings = dataclasses.replace(run.config, loader=kind, workers=workers)
+        name = kind if workers is None else f'{workers or "no"} {kind}'
+        kinds[name] = Loaders(settings, run.data, run.data_config, accelerator).train()
+    for loader in kinds.values():
+        _epoch(loader)
+    figures = compare([lambda loader=loader: _epoch(loader) for loader in kinds.values()], max(3, config.rounds // 3))
+    return [
+        dict(what='loader', name=name, **f, images_per_second=1 / f['seconds']) for name, f in zip(kinds, figures)
+    ]
+
+
+def render(rows: List[Dict[str, Any]], config: TrainBenchmarkConfig, console: Console) -> None:
+    """Show the rows as tables."""
+    titles = dict(
+        step=f'steps of {config.model}, batches of {config.batch_size}',
+        loop='the loop over batches that are there, byot',
+        loader='loaders without training',
+    )
+    for what, title in titles.items():
+        chosen = [row for row in rows if row['what'] == what]
+        if not chosen:
+            continue
+        table = Table(title=title, title_justify='left')
+        columns = ['', 'images/s', 'time', 'middle half']
+        if what == 'step':
+            columns += ['multiply-adds', 'data ms', 'forward', 'backward', 'optimizer', 'peak memory']
+        for column in columns:
+            table.add_column(column, justify='right' if column else 'left')
+        for row in chosen:
+            ratio = [f'{row["ratio"]:.3f}', f'{row["low"]:.3f} to {row["high"]:.3f}'] if 'ratio' in row else ['1', '']
+            cells = [row['name'], f'{row["images_per_second"]:,.0f}', *ratio]
+            if what == 'step':
+                parts = [f'{1000 * row[p]:.1f}' for p in ('data', 'forward', 'backward', 'optimizer')]
+                peak = f'{row["peak_bytes"] / 2**20:,.0f} MiB' if row['peak_bytes'] else ''
+                cells += [f'{row["macs"] / chosen[0]["macs"]:.3f}', *parts, peak]
+            table.add_row(*cells)
+        console.print(table)
+
+
+def run_benchmark(config: TrainBenchmarkConfig, compare: Callable, console: Console) -> List[Dict[str, Any]]:
+    """Measure and show."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(config, compare, Path(folder))
+    render(rows, config, console)
+    return rows
