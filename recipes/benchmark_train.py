@@ -12,13 +12,15 @@ import psutil
 import timm
 import torch
 from accelerate import Accelerator
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.hub import save_model
 from timm_selfdistill.loaders import Loaders
-from timm_selfdistill.trainer import _Run, create_accelerator
+from timm_selfdistill.run import Run
+from timm_selfdistill.trainer import create_accelerator
 
 Method = Literal['plain', 'deep-supervision', 'byot', 'kd']
 Batch = Tuple[torch.Tensor, torch.Tensor]
@@ -59,14 +61,14 @@ def _open(
         folder: Path,
         name: str,
         accelerator: Optional[Accelerator] = None,
-) -> _Run:
+) -> Run:
     """Set up a run with the default settings but for what is compared, in the folder `name`."""
     settings = TrainConfig(
         model=config.model, method=method, teacher=str(folder / 'teacher') if method == 'kd' else None, epochs=1000,
         batch_size=config.batch_size, num_classes=config.num_classes, data_dir=config.data_dir,
         label_column=config.label_column, compile=config.compile, output=str(folder), experiment=name,
     )
-    run = _Run(settings, accelerator or create_accelerator(settings), folder / name)
+    run = Run(settings, accelerator or create_accelerator(settings), folder / name)
     run.task.train()
     return run
 
@@ -78,13 +80,13 @@ def _wait(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _endless(run: _Run) -> Iterator[Batch]:
+def _endless(run: Run) -> Iterator[Batch]:
     for epoch in itertools.count():
         run.loader.batch_sampler.set_epoch(epoch)
         yield from run.loader
 
 
-def _parts(run: _Run, batches: Iterator[Batch]) -> Dict[str, float]:
+def _parts(run: Run, batches: Iterator[Batch]) -> Dict[str, float]:
     """Take a step, waiting for the device after each of its parts; return their seconds."""
     marks = [_wait(run.device)]
     images, target = next(batches)
@@ -100,7 +102,7 @@ def _parts(run: _Run, batches: Iterator[Batch]) -> Dict[str, float]:
     return dict(zip(('data', 'forward', 'backward', 'optimizer'), (b - a for a, b in itertools.pairwise(marks))))
 
 
-def _step(run: _Run, batches: Iterator[Batch], steps: int) -> float:
+def _step(run: Run, batches: Iterator[Batch], steps: int) -> float:
     """Return the seconds that a step of the trainer takes, data included."""
     started = _wait(run.device)
     for _ in range(steps):
@@ -108,7 +110,7 @@ def _step(run: _Run, batches: Iterator[Batch], steps: int) -> float:
     return (_wait(run.device) - started) / steps
 
 
-def _bare_step(run: _Run, batches: List[Batch], optimizer: torch.optim.Optimizer) -> float:
+def _bare_step(run: Run, batches: List[Batch], optimizer: torch.optim.Optimizer) -> float:
     """Return the seconds of a step as one would write it without a trainer."""
     started = _wait(run.device)
     for images, target in batches:
@@ -137,7 +139,7 @@ class _Given:
         return iter(self.batches)
 
 
-def _loop_step(run: _Run) -> float:
+def _loop_step(run: Run) -> float:
     """Return the seconds of a step of the trainer's whole loop."""
     run.step = 0
     started = _wait(run.device)
@@ -208,16 +210,16 @@ def measure(config: TrainBenchmarkConfig, compare: Callable, folder: Path) -> Li
 
 
 def _loop(config: TrainBenchmarkConfig, compare: Callable, folder: Path, accelerator: Accelerator) -> List[Dict]:
-    """Compare the trainer's loop with a bare one, over the same batches."""
-    bare, ours = (_open(config, 'byot', folder, name, accelerator) for name in ('bare', 'ours'))
-    count = 50 if torch.cuda.is_available() else 4
-    batches = list(itertools.islice(_endless(bare), count))
-    ours.loader = _Given(batches)
-    options = dict(lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True)
-    optimizer = torch.optim.SGD(bare.task.trainable_module.parameters(), **options)
-    for _ in range(2):
-        _bare_step(bare, batches, optimizer), _loop_step(ours)
-    figures = compare([lambda: _bare_step(bare, batches, optimizer), lambda: _loop_step(ours)], config.rounds)
+    """Compare the trainer's loop with a bare one, with the same network over the same batches."""
+    run = _open(config, 'byot', folder, 'loop', accelerator)
+    batches = list(itertools.islice(_endless(run), 50 if torch.cuda.is_available() else 4))
+    run.loader = _Given(batches)
+    options = dict(lr=1e-4, momentum=0.9, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(run.task.trainable_module.parameters(), **options)
+    loops = [lambda: _bare_step(run, batches, optimizer), lambda: _loop_step(run)]
+    for loop in (*loops, *loops):
+        loop()
+    figures = compare(loops, config.rounds)
     return [
         dict(what='loop', name=name, **f, images_per_second=config.batch_size / f['seconds'])
         for name, f in zip(('bare loop', 'trainer'), figures)
@@ -251,18 +253,18 @@ def render(rows: List[Dict[str, Any]], config: TrainBenchmarkConfig, console: Co
         chosen = [row for row in rows if row['what'] == what]
         if not chosen:
             continue
-        table = Table(title=title, title_justify='left')
+        table = Table(title=title, title_justify='left', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         columns = ['', 'images/s', 'time', 'middle half']
         if what == 'step':
-            columns += ['multiply-adds', 'data ms', 'forward', 'backward', 'optimizer', 'peak memory']
+            columns += ['MACs', 'data ms', 'fwd', 'bwd', 'opt', 'MiB']
         for column in columns:
-            table.add_column(column, justify='right' if column else 'left')
+            table.add_column(column, justify='right' if column else 'left', no_wrap=True)
         for row in chosen:
-            ratio = [f'{row["ratio"]:.3f}', f'{row["low"]:.3f} to {row["high"]:.3f}'] if 'ratio' in row else ['1', '']
+            ratio = [f'{row["ratio"]:.3f}', f'{row["low"]:.3f}-{row["high"]:.3f}'] if 'ratio' in row else ['1', '']
             cells = [row['name'], f'{row["images_per_second"]:,.0f}', *ratio]
             if what == 'step':
                 parts = [f'{1000 * row[p]:.1f}' for p in ('data', 'forward', 'backward', 'optimizer')]
-                peak = f'{row["peak_bytes"] / 2**20:,.0f} MiB' if row['peak_bytes'] else ''
+                peak = f'{row["peak_bytes"] / 2**20:,.0f}' if row['peak_bytes'] else ''
                 cells += [f'{row["macs"] / chosen[0]["macs"]:.3f}', *parts, peak]
             table.add_row(*cells)
         console.print(table)

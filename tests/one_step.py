@@ -10,13 +10,14 @@ from accelerate import Accelerator
 
 from timm_selfdistill.config import parse_train_config
 from timm_selfdistill.launch import relaunch_on_cpu
-from timm_selfdistill.trainer import _Run, close
+from timm_selfdistill.run import Run
+from timm_selfdistill.trainer import close
 
 
 def main(path, arguments):
     config = parse_train_config(arguments)
     relaunch_on_cpu()
-    run = _Run(config, Accelerator())
+    run = Run(config, Accelerator())
     run.task.train()
     for module in run.task.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

@@ -81,6 +81,7 @@ def test_a_config_file_that_is_not_there_is_named(tmp_path):
     (['--images-per-epoch', '9'], '--images-per-epoch 9: goes with --streaming only'),
     (['--streaming', '--loader', 'device'], '--loader device: streamed data are not kept'),
     (['--streaming', '--generations', '1'], '--generations 1: needs data that are not streamed'),
+    (['--streaming', '--superclass-column', 'a'], '--superclass-column a: needs data that are not streamed'),
     (['--grad-accum-steps', '0'], '--grad-accum-steps 0: expected a number of 1 or more'),
 ])
 def test_values_out_of_range_are_refused(arguments, message):

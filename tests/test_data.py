@@ -285,6 +285,13 @@ def test_autoaugments_policy_comes_from_torchvision():
     assert not torch.equal(transform(image), transform(image))
 
 
+@pytest.mark.parametrize('policy', ['rand-m10-n8-p1', 'rand-m10-n8-p1-inc1', 'original', 'augmix-m10'])
+def test_timms_policies_take_images_at_every_magnitude(policy):
+    transform = train_transform(CONFIG, crop='pad', auto_augment=policy)
+    for image in noise_images(40):
+        assert transform(image).shape == (3, 32, 32)
+
+
 def test_superclasses_are_found_for_every_class(tmp_path):
     data = load_image_data(
         data_dir=str(write_two_colours(tmp_path)), label_column='fine', superclass_column='coarse', val_fraction=0.25)

@@ -12,12 +12,13 @@ import yaml
 from conftest import write_two_colours
 from test_distributed import launch
 
-from timm_selfdistill import generations, trainer
+from timm_selfdistill import generations
 from timm_selfdistill.augment import eval_transform
 from timm_selfdistill.config import ConfigError, TrainConfig
 from timm_selfdistill.data import create_eval_loader, load_image_data
 from timm_selfdistill.generations import generation_config, train_generations
 from timm_selfdistill.hub import load_checkpoint, load_network
+from timm_selfdistill.run import Run
 from timm_selfdistill.trainer import train
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
@@ -105,7 +106,7 @@ def test_generations_measure_agreement_and_ensemble_over_all_images(finished, da
 
 def test_a_killed_run_goes_on_in_the_generation_where_it_stopped(finished, data, tmp_path, monkeypatch):
     config, whole = finished
-    original = trainer._Run.train_batch
+    original = Run.train_batch
     steps = []
 
     def die(run, *batch):
@@ -116,7 +117,7 @@ def test_a_killed_run_goes_on_in_the_generation_where_it_stopped(finished, data,
         return original(run, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, 'train_batch', die)
+        patch.setattr(Run, 'train_batch', die)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 train_generations(settings(data, tmp_path, resume='auto', checkpoint_every='2'))

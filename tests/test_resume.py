@@ -10,9 +10,9 @@ import timm
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_selfdistill import trainer
 from timm_selfdistill.config import TrainConfig
-from timm_selfdistill.meters import TermMeter
+from timm_selfdistill.meters import NonFiniteLossError, TermMeter
+from timm_selfdistill.run import Run
 from timm_selfdistill.signals import Preempted
 from timm_selfdistill.trainer import create_accelerator, train
 
@@ -31,7 +31,7 @@ def settings(folder, **more):
 
 def interrupted(config, patch, at, how):
     """Train until `how` is called before the step `at`, then go on; return the folder."""
-    original = trainer._Run.train_batch
+    original = Run.train_batch
 
     def train_batch(run, *batch):
         if run.steps == at:
@@ -39,7 +39,7 @@ def interrupted(config, patch, at, how):
         return original(run, *batch)
 
     with patch.context() as context:
-        context.setattr(trainer._Run, 'train_batch', train_batch)
+        context.setattr(Run, 'train_batch', train_batch)
         with pytest.raises((KeyboardInterrupt, Preempted)):
             train(config)
     return train(config)
@@ -73,7 +73,7 @@ def test_a_signal_writes_a_checkpoint_after_the_step(whole, tmp_path, monkeypatc
 
 
 def test_settings_that_change_nothing_may_change(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, '_CHECKPOINT_AGE', 0.)
+    monkeypatch.setattr('timm_selfdistill.run._CHECKPOINT_AGE', 0.)
     assert same(interrupted(settings(tmp_path, checkpoint_every='2'), monkeypatch, 9, die), whole)
     kept = sorted(p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir())
     assert kept == ['step22', 'step24']
@@ -147,7 +147,7 @@ class _NoSync(TorchDispatchMode):
 ], ids=['mixup', 'patriarch'])
 def test_no_step_waits_for_the_device(tmp_path, more):
     config = TrainConfig(model='test_resnet', exits=(2, 3), output=str(tmp_path), **more)
-    run = trainer._Run(config, create_accelerator(config), tmp_path / 'run')
+    run = Run(config, create_accelerator(config), tmp_path / 'run')
     run.task.train()
     run.look_every = 1000  # as on an accelerator between two looks
     batches = iter(run.loader)
@@ -170,5 +170,5 @@ def test_the_meter_names_step_and_terms_of_the_first_bad_batch(tmp_path):
     good, bad = torch.tensor(1.), torch.tensor(float('nan'))
     for i in range(8):
         meter.update(dict(loss=bad if i > 4 else good, ce0=good, kl0=bad if i == 5 else good, output=torch.zeros(3)))
-    with pytest.raises(trainer.NonFiniteLossError, match='Loss not finite in epoch 7, step 2: kl0.$'):
+    with pytest.raises(NonFiniteLossError, match='Loss not finite in epoch 7, step 2: kl0.$'):
         meter.check(accelerator, 7)

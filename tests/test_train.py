@@ -18,7 +18,10 @@ from timm_selfdistill import trainer
 from timm_selfdistill.build import resolve_model_name
 from timm_selfdistill.config import ConfigError, TrainConfig, parse_train_config
 from timm_selfdistill.data import DataError
-from timm_selfdistill.trainer import NonFiniteLossError, train
+from timm_selfdistill.hub import save_model
+from timm_selfdistill.meters import NonFiniteLossError
+from timm_selfdistill.run import Run
+from timm_selfdistill.trainer import train
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
 TINY = dict(model='test_resnet', exits=(2, 3), epochs=1)
@@ -167,13 +170,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_good_weights(tmp_path
 
 def test_a_later_epoch_that_fails_keeps_the_last_good_one(tmp_path, monkeypatch):
     saved = []
-    original = trainer.save_model
+    original = save_model
 
     def save(model, *args):
         saved.append({k: v.clone() for k, v in model.state_dict().items()})
         original(model, *args)
 
-    train_epoch = trainer._Run.train_epoch
+    train_epoch = Run.train_epoch
 
     def spoil(run):
         if run.epoch == 1:
@@ -182,8 +185,8 @@ def test_a_later_epoch_that_fails_keeps_the_last_good_one(tmp_path, monkeypatch)
             run.scheduler = None
         return train_epoch(run)
 
-    monkeypatch.setattr(trainer, 'save_model', save)
-    monkeypatch.setattr(trainer._Run, 'train_epoch', spoil)
+    monkeypatch.setattr('timm_selfdistill.run.save_model', save)
+    monkeypatch.setattr(Run, 'train_epoch', spoil)
     with pytest.raises(NonFiniteLossError, match=r'in epoch 1, step 1: .*keeps the weights from the end of epoch 0'):
         train(TrainConfig(**dict(TINY, epochs=3), output=str(tmp_path), experiment='run'))
     kept = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True).state_dict()

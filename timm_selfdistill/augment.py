@@ -1,11 +1,13 @@
 """From a PIL image to a tensor: timm's transforms, and those of the CIFAR recipes that timm lacks."""
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
+from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
 from torchvision import transforms
 
-__all__ = ['Cutout', 'eval_transform', 'train_transform']
+__all__ = ['Cutout', 'eval_transform', 'policy_operations', 'train_transform']
 
 TORCHVISION_POLICIES = dict(
     cifar10=transforms.AutoAugmentPolicy.CIFAR10,
@@ -33,6 +35,18 @@ class Cutout:
         image = image.clone()
         image[..., max(top, 0):max(top + self.side, 0), max(left, 0):max(left + self.side, 0)] = 0
         return image
+
+
+def policy_operations(policy: Any) -> List[AugmentOp]:
+    """Return the operations that a policy of timm's chooses from; none for any other transform."""
+    if isinstance(policy, AutoAugment):
+        return [op for group in policy.policy for op in group]
+    return list(policy.ops) if isinstance(policy, (AugMixAugment, RandAugment)) else []
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    # timm asks for 0 bits at high magnitudes, which Pillow refuses from version 13 on; it used to give black
+    return posterize(image, bits, **kwargs) if bits else Image.new(image.mode, image.size)
 
 
 def eval_transform(data_config: Dict[str, Any]) -> Callable:
@@ -84,5 +98,9 @@ def train_transform(
         spatial = transforms.Compose([*resize, pad_crop, *flip])
     if policy is not None:
         spatial = transforms.Compose([spatial, transforms.AutoAugment(policy)])
+    for part in colour.transforms:
+        for op in policy_operations(part):
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
     blot = [Cutout(cutout)] if cutout > 0 else []
     return transforms.Compose([spatial, colour, final, *blot])

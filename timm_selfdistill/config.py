@@ -302,8 +302,10 @@ class TrainConfig:
             raise ConfigError(f'--images-per-epoch {self.images_per_epoch}: goes with --streaming only.')
         if self.streaming and self.loader == 'device':
             raise ConfigError('--loader device: streamed data are not kept; leave out --streaming or pass workers.')
-        if self.streaming and self.generations is not None:
-            raise ConfigError(f'--generations {self.generations}: needs data that are not streamed.')
+        for name in ('generations', 'superclass_column'):
+            if self.streaming and getattr(self, name) is not None:
+                option = f'--{name.replace("_", "-")} {getattr(self, name)}'
+                raise ConfigError(f'{option}: needs data that are not streamed; leave out --streaming.')
 
     def _check_teaching(self) -> None:
         """Raise ConfigError for settings about teachers that exclude or need each other."""

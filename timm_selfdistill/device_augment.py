@@ -20,7 +20,7 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 from torchvision.transforms.v2 import functional
 
-from .augment import TORCHVISION_POLICIES
+from .augment import TORCHVISION_POLICIES, policy_operations
 from .data import _seeded
 
 __all__ = ['BatchAugment', 'normalize', 'supports', 'to_device']
@@ -177,10 +177,6 @@ def _timm_policy(auto_augment: str, **config: Any) -> Union[RandAugment, AutoAug
     return create_transform(**config, is_training=True, separate=True, auto_augment=auto_augment)[1].transforms[0]
 
 
-def _timm_ops(policy: Union[RandAugment, AutoAugment, AugMixAugment]) -> List:
-    return [op for group in policy.policy for op in group] if isinstance(policy, AutoAugment) else list(policy.ops)
-
-
 def supports(crop: str, color_jitter: float = 0., auto_augment: Optional[str] = None) -> bool:
     """Return whether `BatchAugment` can do what `augment.train_transform` does for these arguments.
 
@@ -191,7 +187,8 @@ def supports(crop: str, color_jitter: float = 0., auto_augment: Optional[str] = 
     if auto_augment is None or auto_augment in TORCHVISION_POLICIES:
         return True
     policy = _timm_policy(auto_augment)
-    return not isinstance(policy, AugMixAugment) and all(op.aug_fn.__name__ in _OPERATIONS for op in _timm_ops(policy))
+    known = all(op.aug_fn.__name__ in _OPERATIONS for op in policy_operations(policy))
+    return known and not isinstance(policy, AugMixAugment)
 
 
 def _record(name: str, size: Tuple[int, int], steps: List[Step], *level: float, **_: Any) -> List[Step]:
@@ -208,7 +205,7 @@ class _TimmPolicy:
         if self.interpolation not in ('bicubic', 'bilinear', 'nearest'):
             raise ValueError(
                 f'interpolation {self.interpolation}: expected bicubic, bilinear or nearest with {auto_augment}.')
-        self.ops = _timm_ops(self.policy)
+        self.ops = policy_operations(self.policy)
         self.fill = self.ops[0].kwargs['fillcolor']
         for op in self.ops:
             op.aug_fn = partial(_record, op.aug_fn.__name__, data_config['input_size'][-2:])

@@ -24,8 +24,9 @@ from .loaders import open_data
 from .metrics import collect_logits, ensemble_logits, exit_names
 from .plots import plot_generations
 from .report import Reporter, render_generations
+from .run import use_all_cores
 from .secondary import secondary_information
-from .trainer import close, create_accelerator, train, use_all_cores
+from .trainer import close, create_accelerator, train
 
 __all__ = ['generation_config', 'train_generations']
 

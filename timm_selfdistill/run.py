@@ -1,0 +1,396 @@
+"""A training run: what its steps share, its steps, and what it keeps of them."""
+import inspect
+import os
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from safetensors import SafetensorError
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import distribute_bn, random_seed, update_summary
+
+from .build import build_model, build_task
+from .checkpoints import CheckpointError, Checkpoints, os_error_behind
+from .config import ConfigError, TrainConfig, nearest
+from .data import DataError, ImageSplit
+from .folders import create_folder, keep_rows
+from .hub import save_model
+from .loaders import Loaders, open_data, readable
+from .meters import TermMeter
+from .metrics import evaluate_exits, exit_costs, exit_names
+from .multi_exit import MultiExit
+from .report import Reporter
+from .signals import Preempted, StopSignals
+from .state import is_sharded, put_back, take, whole_weights
+from .trackers import check_trackers
+
+__all__ = ['Run', 'use_all_cores']
+
+# Seconds that the last checkpoint is at least old when the end of an epoch brings the next.
+_CHECKPOINT_AGE = 60.
+
+# What one process asks of all, as bits.
+_STOP, _SAVE = 1, 2
+
+
+def use_all_cores() -> None:
+    """Undo the launcher's OMP_NUM_THREADS=1: on a CPU the processes of this machine share its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
+
+def _summary_metrics(model: MultiExit, metrics: Dict[str, Dict[str, Any]]) -> 'OrderedDict[str, float]':
+    """Flatten metrics into columns: timm's own for the deepest exit, then every exit's and the ensemble's."""
+    *_, deepest, _ = exit_names(model)
+    columns = OrderedDict((key, metrics[deepest][key]) for key in ('loss', 'top1', 'top5'))
+    for name, values in metrics.items():
+        columns.update((f'{name}_{key}', values[key]) for key in ('top1', 'top5', 'loss', 'ece'))
+    return columns
+
+
+class Run:
+    """One training run in this process; all processes call the same methods at the same time.
+
+    Args:
+        config: The settings.
+        accelerator: Makes this process one of several.
+        folder: The run's folder; created when all settings have been found to hold.
+        reporter: Shows what happens; nobody when None.
+        signals: Tells when to stop; never when None.
+
+    Raises:
+        ConfigError: A setting does not fit the model or the data.
+        DataError: The data cannot be used.
+    """
+
+    def __init__(
+            self,
+            config: TrainConfig,
+            accelerator: Accelerator,
+            folder: Path,
+            reporter: Optional[Reporter] = None,
+            signals: Optional[StopSignals] = None,
+    ):
+        self.config = config
+        self.accelerator = accelerator
+        self.folder = folder
+        self.reporter = reporter or Reporter(enabled=False, epochs=config.epochs)
+        self.signals = signals or StopSignals()
+        self.device = accelerator.device
+        if self.device.type == 'cpu':
+            use_all_cores()
+        check_trackers(config.report_to)
+        set_seed(config.seed)
+        self.data = open_data(config, accelerator)
+        if self.data.validation is None and self.data.test is None:
+            option = '--streaming' if config.streaming else f'--val-fraction {config.val_fraction:g}'
+            raise ConfigError(
+                f'{option}: {self.data.name} has neither a validation nor a test part, so some of its training part '
+                f'must be held out{", which takes data that are not streamed" if config.streaming else ""}.'
+            )
+        model, self.data_config = build_model(config, self.data)
+        self.costs = exit_costs(model, self.data_config['input_size'])
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing()
+        self.task = build_task(config, model, self.device, self.data_config).to(self.device)
+        if config.channels_last and not is_sharded(accelerator):  # FSDP asks for contiguous parameters
+            self.task.to(memory_format=torch.channels_last)
+        self.loaders = Loaders(config, self.data, self.data_config, accelerator)
+        self.loader = self.loaders.train()
+        self.steps_per_epoch = self.loader.batch_sampler.steps
+        self.optimizer = self._create_optimizer()
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr,
+            decay_milestones=list(config.decay_milestones),
+            decay_rate=config.decay_rate,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps_per_epoch,
+        )
+        self.mixup = self._create_mixup(model.num_classes)
+        self._prepare()
+        self.look_every = 1 if self.device.type == 'cpu' else config.log_interval
+        self.checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint_hist)
+        self.every_steps, self.every_seconds = config.checkpoint_interval()
+        self.last_checkpoint = time.monotonic()
+        self.checkpointed: Optional[int] = None
+        self.wanted = 0
+        self.unsaved = False
+        # where the run is: epochs that are complete, steps of the present one and of all; what the epochs have told
+        self.epoch = self.step = self.steps = 0
+        self.rate = config.lr
+        self.best: Dict[str, Any] = {}
+        self.meter = TermMeter(self.device, config.grad_accum_steps)
+        create_folder(config, folder, accelerator)
+
+    def _create_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        if config.opt not in list_optimizers():
+            raise ConfigError(
+                f'--opt {config.opt}: timm has no such optimizer{nearest(config.opt, list_optimizers())}.')
+        options = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
+        # sharded parameters have no fused SGD (torch 2.15)
+        fusable = 'fused' in options and self.device.type in ('cpu', 'cuda') and not is_sharded(self.accelerator)
+        return create_optimizer_v2(
+            self.task.trainable_module,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay,
+            **(dict(fused=True) if fusable else {}),
+        )
+
+    def _create_mixup(self, num_classes: int) -> Optional[Mixup]:
+        config, processes = self.config, self.accelerator.num_processes
+        if config.mixup == config.cutmix == 0:
+            return None
+        if config.batch_size // (processes * config.grad_accum_steps) % 2:
+            parts = f' and each of --grad-accum-steps {config.grad_accum_steps}' if config.grad_accum_steps > 1 else ''
+            raise ConfigError(
+                f'--batch-size {config.batch_size}: mixup and cutmix pair images and need an even number of them in '
+                f'each of {processes} processes{parts}.'
+            )
+        return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
+
+    def _prepare(self) -> None:
+        """Let accelerate wrap what is trained, for several processes or sharded over them."""
+        config, accelerator, task = self.config, self.accelerator, self.task
+        if is_sharded(accelerator):
+            equilibrium = config.exit_weights == 'equilibrium'  # by hooks on parameters that FSDP replaces
+            for option, given in (
+                ('--model-ema', config.model_ema), ('--compile', config.compile),
+                ('--exit-weights equilibrium', equilibrium),
+            ):
+                if given:
+                    raise ConfigError(f'{option}: cannot be had together with FSDP.')
+            if not accelerator.is_fsdp2:
+                raise ConfigError('FSDP: version 2 is needed; pass --fsdp_version 2 to accelerate launch.')
+        if config.model_ema:
+            task.setup_ema(decay=config.model_ema_decay, use_warmup=True)
+        if config.compile:
+            task.compile()
+        accelerator.gradient_accumulation_steps = config.grad_accum_steps
+        task.trainable_module, self.optimizer = accelerator.prepare(task.trainable_module, self.optimizer)
+        if is_sharded(accelerator):
+            from torch.distributed.fsdp import register_fsdp_forward_method
+            register_fsdp_forward_method(task.trainable_module, 'forward_exits')
+
+    @property
+    def model(self) -> MultiExit:
+        """The network as it would be saved now: the moving average where there is one."""
+        return self.task.get_eval_model(ema=self.task.has_ema())
+
+    def train_batch(self, images: torch.Tensor, target: torch.Tensor) -> bool:
+        """Learn from a batch, (N, C, H, W) and (N,); return whether that made an optimizer step complete.
+
+        Nothing here waits for the device but the look at the loss, every `look_every` batches.
+
+        Raises:
+            NonFiniteLossError: A term was not finite when it was looked at; the optimizer has not seen it then.
+        """
+        task, accelerator, config = self.task, self.accelerator, self.config
+        part = self.meter.batches % config.grad_accum_steps
+        # what dropout and mixup draw is a function of these, so that a run that goes on draws the same
+        entropy = (config.seed, self.steps, part, accelerator.process_index)
+        random_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]), rank=0)
+        if self.mixup is not None:
+            images, target = self.mixup(images, target)
+        # amid the step: never quite at the ends, where a weight of 0 would leave parameters unused
+        task.set_progress((self.steps + 0.5) / (config.epochs * self.steps_per_epoch))
+        with accelerator.accumulate(task.trainable_module):
+            with accelerator.autocast():
+                result = task(images, target)
+            self.meter.update(result)
+            if self.meter.batches % self.look_every == 0:
+                self.wanted |= self.meter.check(accelerator, self.epoch, self._wishes())
+                self.reporter.terms(self.meter)
+            accelerator.backward(result['loss'])
+            if config.clip_grad is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(task.get_clip_parameters(), config.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            return False
+        self.step += 1
+        self.steps += 1
+        task.update_ema(step=self.steps)
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.steps)
+        return True
+
+    def train_epoch(self) -> 'OrderedDict[str, float]':
+        """Train to the end of the present epoch; return the means of the loss and its terms over it and all processes.
+
+        Raises:
+            NonFiniteLossError: A term is not finite.
+            DataError: An image cannot be read, or a loader's worker died.
+            Preempted: A signal asked to stop; a checkpoint has been written.
+        """
+        self.task.train()
+        self.task.set_last_phase(self.epoch >= self.config.epochs - self.config.last_phase_epochs)
+        if self.step == 0:
+            self.rate = self.optimizer.param_groups[0]['lr']
+        self.loader.batch_sampler.set_epoch(self.epoch, self.step)
+        batches = self.reporter.steps(readable(self.loader), len(self.loader), self.epoch)
+        try:
+            for images, target in batches:
+                images = images.to(self.device, non_blocking=True)
+                target = target.to(self.device, non_blocking=True)
+                if self.config.channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                if self.train_batch(images, target):
+                    self._after_step()
+        except DataError as e:
+            # alone, it is between two steps, unless it is amid accumulating; the others of several are amid one
+            whole = self.accelerator.num_processes == 1 and self.meter.batches % self.config.grad_accum_steps == 0
+            if whole and self.steps:
+                self.checkpoint()
+            raise type(e)(f'{e} {self.how_to_go_on()}') from e
+        self.wanted |= self.meter.check(self.accelerator, self.epoch, self._wishes())
+        self._after_step()
+        return self.meter.means(self.accelerator)
+
+    def _wishes(self) -> int:
+        """Return what this process wants to be done after the step, as bits."""
+        late = self.every_seconds and time.monotonic() - self.last_checkpoint > self.every_seconds
+        return _STOP * bool(self.signals.received) | _SAVE * bool(late and self.accelerator.is_main_process)
+
+    def _after_step(self) -> None:
+        """Write a checkpoint where one is due, and stop where that is wanted.
+
+        Raises:
+            Preempted: It was.
+        """
+        if self.accelerator.num_processes == 1:  # several agree when they look at the loss together
+            self.wanted |= self._wishes()
+        if self.wanted or self.every_steps and self.steps % self.every_steps == 0:
+            self.checkpoint()
+        if self.wanted & _STOP:
+            raise Preempted(
+                f'Stopped by {self.signals.received or "a signal"} after step {self.steps}. {self.how_to_go_on()}')
+        self.wanted = 0
+
+    def how_to_go_on(self) -> str:
+        """Say in a sentence what to do to go on."""
+        return f'The same command with --experiment {self.folder.name} --resume auto goes on from the last checkpoint.'
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint; of one that cannot be written a warning tells, and the run goes on.
+
+        Raises:
+            NonFiniteLossError: A term was not finite since the last look; nothing is written then.
+        """
+        if self.steps == self.checkpointed:
+            return
+        if self.meter.batches:
+            self.meter.check(self.accelerator, self.epoch)
+        state = dict(
+            take(self.task, self.optimizer, self.accelerator),
+            meter=self.meter.state(self.accelerator),
+            at=dict(epoch=self.epoch, step=self.step, steps=self.steps, rate=self.rate, best=self.best),
+            where=self._where(),
+        )
+        if self.accelerator.is_main_process:
+            try:
+                self.checkpoints.write(state, self.steps)
+            except CheckpointError as e:
+                self.reporter.say(f'warning: {e} Training goes on.')
+        self.last_checkpoint, self.checkpointed = time.monotonic(), self.steps
+
+    def _where(self) -> Dict[str, Any]:
+        """Return what the last digits depend on beside the settings."""
+        return dict(processes=self.accelerator.num_processes, precision=self.accelerator.mixed_precision)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that is whole, or begin where there is none."""
+        say, newest = self.reporter.say, None
+        if self.accelerator.is_main_process:
+            self.checkpoints.clean()
+            newest = self.checkpoints.newest(say)
+        newest, = broadcast_object_list([newest])
+        if newest is not None:
+            state = self.checkpoints.read(newest)
+            put_back(state, self.task, self.optimizer, self.accelerator)
+            self.meter.load_state(state['meter'], self.accelerator)
+            for name, value in state['at'].items():
+                setattr(self, name, value)
+            self.checkpointed = self.steps
+            say(f'resume  {newest}: epoch {self.epoch + 1}, {self.step} of {self.steps_per_epoch} steps done')
+            for name, now in self._where().items():
+                if state['where'][name] != now:
+                    say(f'resume  {name}: {state["where"][name]} then, {now} now; the last digits will differ')
+        if self.accelerator.is_main_process:
+            keep_rows(self.folder / 'summary.csv', self.epoch)
+
+    def evaluate(self, split: ImageSplit) -> 'OrderedDict[str, Dict[str, Any]]':
+        """Measure every exit on a part of the data, each process its share."""
+        accelerator = self.accelerator
+        distributed = accelerator.num_processes > 1
+        if distributed:  # each process has batch norm averages of its own slices until they are averaged
+            distribute_bn(self.model, accelerator.num_processes, reduce=True)
+        # sharded parameters come together in the outermost module alone
+        model = self.task.trainable_module if is_sharded(accelerator) else self.model
+        with accelerator.autocast():
+            return evaluate_exits(model, readable(self.loaders.evaluation(split)), self.device, distributed)
+
+    def save(self, best: bool = False) -> None:
+        """Replace the weights in the run's folder by the present ones, and the best ones too with `best`.
+
+        Raises:
+            CheckpointError: They cannot be written; those before are kept.
+        """
+        weights = None
+        if is_sharded(self.accelerator):
+            whole = whole_weights(self.task, self.accelerator)
+            weights = {k.removeprefix('model.'): v for k, v in whole.items() if k.startswith('model.')}
+        if not self.accelerator.is_main_process:
+            return
+        for folder in (self.folder, self.folder / 'best')[:1 + best]:
+            try:
+                save_model(self.model, folder, self.data_config, self.data.label_names, weights)
+            except (OSError, SafetensorError) as e:
+                reason = os_error_behind(e)
+                raise CheckpointError(
+                    f'Cannot write the weights to {folder}: {reason.strerror if reason else e}. Those before are kept.'
+                ) from e
+
+    def end_epoch(self, terms: Dict[str, float], metrics: Dict[str, Dict[str, Any]]) -> None:
+        """Keep what a complete epoch has brought: weights, a line in `summary.csv`, a checkpoint.
+
+        Args:
+            terms: Means of the loss and its terms.
+            metrics: What `evaluate` returned, of the validation part if there is one.
+        """
+        columns = _summary_metrics(self.model, metrics)
+        better = self.data.validation is not None and columns['top1'] > self.best.get('top1', -1.)
+        if better:
+            self.best = dict(top1=columns['top1'], epoch=self.epoch)
+        self.unsaved = True
+        try:
+            self.save(better)
+            self.unsaved = False
+            if self.accelerator.is_main_process:
+                update_summary(self.epoch, terms, columns, self.folder / 'summary.csv', lr=self.rate)
+        except (CheckpointError, OSError) as e:
+            self.reporter.say(f'warning: {e} Training goes on.')
+        row = {f'train/{k}': v for k, v in terms.items()} | {f'eval/{k}': v for k, v in columns.items()}
+        self.accelerator.log(dict(row, lr=self.rate), step=self.epoch)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.meter = TermMeter(self.device, self.config.grad_accum_steps)
+        self.wanted, self.checkpointed = 0, None
+        late = time.monotonic() - self.last_checkpoint > _CHECKPOINT_AGE
+        late, = broadcast_object_list([late])
+        if late or self.epoch == self.config.epochs:
+            self.checkpoint()
