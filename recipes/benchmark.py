@@ -156,7 +156,7 @@ def main() -> None:
     if not {*arguments} & {*kinds, '-h', '--help'}:
         arguments = ['inference', *arguments]
     config = tyro.extras.subcommand_cli_from_dict(kinds, args=arguments, description=__doc__)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     training = isinstance(config, TrainBenchmarkConfig)
     figures = (train if training else inference)(config, console)
     if config.output:

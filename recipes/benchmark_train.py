@@ -49,6 +49,8 @@ class TrainBenchmarkConfig:
     """Times that everything is compared."""
     compile: bool = False
     """Compile the steps."""
+    loop: bool = True
+    """Compare the trainer's loop with a bare one as well."""
     loaders: bool = True
     """Compare the loaders as well."""
     output: Optional[Path] = None
@@ -203,7 +205,8 @@ def measure(config: TrainBenchmarkConfig, compare: Callable, folder: Path) -> Li
             macs=runs[method].costs['ensemble'].macs, peak_bytes=peaks[method],
             **{name: sorted(p[name] for p in parts)[len(parts) // 2] for name in parts[0]},
         ))
-    rows += _loop(config, compare, folder, accelerator)
+    if config.loop:
+        rows += _loop(config, compare, folder, accelerator)
     if config.loaders:
         rows += _loaders(config, compare, folder, accelerator)
     return rows
@@ -256,7 +259,7 @@ def render(rows: List[Dict[str, Any]], config: TrainBenchmarkConfig, console: Co
         table = Table(title=title, title_justify='left', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         columns = ['', 'images/s', 'time', 'middle half']
         if what == 'step':
-            columns += ['MACs', 'data ms', 'fwd', 'bwd', 'opt', 'MiB']
+            columns += ['MACs', 'data ms', 'forward', 'backward', 'optimizer', 'peak MiB']
         for column in columns:
             table.add_column(column, justify='right' if column else 'left', no_wrap=True)
         for row in chosen:

@@ -3,6 +3,12 @@ import os
 # No test may reach for the Hub; set before huggingface_hub is imported.
 os.environ['HF_HUB_OFFLINE'] = '1'
 
+# pytest's worker processes share the cores: threads of several on one core wait for each other most of the time.
+if 'PYTEST_XDIST_WORKER' in os.environ and hasattr(os, 'sched_setaffinity'):
+    worker, count = int(os.environ['PYTEST_XDIST_WORKER'][2:]), int(os.environ['PYTEST_XDIST_WORKER_COUNT'])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[worker::count] or cores)
+
 import datasets
 import numpy as np
 import pytest

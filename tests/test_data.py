@@ -9,14 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_selfdistill.augment import Cutout, eval_transform, train_transform
-from timm_selfdistill.data import (
-    DataError,
-    EpochBatches,
-    create_eval_loader,
-    create_train_loader,
-    load_digits,
-    load_image_data,
-)
+from timm_selfdistill.batches import EpochBatches, create_eval_loader, create_train_loader
+from timm_selfdistill.data import DataError, load_digits, load_image_data
 
 CONFIG = dict(
     input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, crop_mode='center')

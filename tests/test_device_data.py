@@ -11,14 +11,8 @@ from PIL import Image
 
 from timm_selfdistill import device_data
 from timm_selfdistill.augment import eval_transform, train_transform
-from timm_selfdistill.data import (
-    EpochBatches,
-    ImageSplit,
-    UnreadableImageError,
-    create_eval_loader,
-    create_train_loader,
-    load_image_data,
-)
+from timm_selfdistill.batches import EpochBatches, create_eval_loader, create_train_loader
+from timm_selfdistill.data import ImageSplit, UnreadableImageError, load_image_data
 from timm_selfdistill.device_augment import BatchAugment, normalize
 from timm_selfdistill.device_data import DeviceEvalLoader, DeviceLoader, decode_split, fits_on_device
 

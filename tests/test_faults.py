@@ -1,4 +1,5 @@
 """What goes wrong amid a run is told in a sentence and costs nothing: going on gives the same to the bit."""
+import math
 import multiprocessing
 import os
 import re
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import datasets
@@ -17,12 +18,14 @@ import pytest
 import torch
 from conftest import write_two_colours
 
+from timm_selfdistill.batches import EpochBatches
 from timm_selfdistill.config import ConfigError, TrainConfig
-from timm_selfdistill.data import EpochBatches, load_image_data
+from timm_selfdistill.data import UnreadableImageError, load_image_data
 from timm_selfdistill.launch import PREEMPTED, run_command
+from timm_selfdistill.meters import NonFiniteLossError
 from timm_selfdistill.run import Run
 from timm_selfdistill.signals import Preempted
-from timm_selfdistill.trainer import NonFiniteLossError, train
+from timm_selfdistill.trainer import train
 
 TRAIN = Path(__file__).parent.parent / 'recipes' / 'train.py'
 COMPARED = ('model.safetensors', 'best/model.safetensors', 'summary.csv', 'results.json')
@@ -298,7 +301,7 @@ def test_an_unreadable_image_amid_an_epoch_is_named_and_can_be_repaired(data, wh
     status, message = fail(
         capfd, lambda: train(settings(folder, tmp_path, workers=workers, checkpoint_every=None)))
     assert status == 2
-    assert re.fullmatch(rf'error: Cannot read the image in row {row} of the train part: .* {GOES_ON}', message)
+    assert re.fullmatch(rf'error: Cannot read the image in row {row} of the train part: .*[^.]\. {GOES_ON}', message)
     assert checkpoints(tmp_path / 'run') == ['step2']
     (folder / 'train.parquet').write_bytes(good)
     train(settings(folder, tmp_path))
@@ -323,6 +326,50 @@ def test_checkpoints_hold_finite_numbers_when_the_loss_does_not(data, tmp_path):
         numbers = [*state['model'].values(), state['meter']['sums']]
         numbers += [v for values in state['optimizer']['state'].values() for v in values.values()]
         assert all(v.isfinite().all() for v in numbers if torch.is_tensor(v)), number
+
+
+@pytest.mark.slow
+def test_no_checkpoint_holds_weights_that_are_not_finite(data, whole, tmp_path):
+    """A gradient may be bad where no term of the loss is."""
+    def spoil(run):
+        parameter = run.task.get_eval_model().backbone.conv1.weight
+        handle = parameter.register_hook(lambda grad: (handle.remove(), grad * math.nan)[1])
+
+    with before_step(2, spoil), pytest.raises(NonFiniteLossError, match='Weights not finite after step 3: model.backb'):
+        train(settings(data, tmp_path))
+    assert checkpoints(tmp_path / 'run') == ['step1', 'step2']
+    train(settings(data, tmp_path))
+    assert_equal(tmp_path / 'run', whole)
+
+
+@pytest.mark.slow
+def test_a_disk_that_was_full_for_a_while_costs_nothing(data, whole, tmp_path, capfd):
+    original = Run.end_epoch
+
+    def end_epoch(run, *args):
+        with largest_file(1000) if run.epoch == 0 else nullcontext():
+            original(run, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, 'end_epoch', end_epoch)
+        train(settings(data, tmp_path))
+    assert capfd.readouterr().out.count('warning: Cannot write the weights') == 1
+    for name in ('model.safetensors', 'summary.csv', 'results.json'):
+        assert (tmp_path / 'run' / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_what_fails_amid_the_evaluation_costs_no_epoch(data, whole, tmp_path, capfd):
+    def evaluate(*args):
+        raise UnreadableImageError('Cannot read the image in row 3 of the validation part: broken')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('timm_selfdistill.run.evaluate_exits', evaluate)
+        status, message = fail(capfd, lambda: train(settings(data, tmp_path, checkpoint_every=None)))
+    assert (status, message) == (2, f'error: Cannot read the image in row 3 of the validation part: broken. {GOES_ON}')
+    assert checkpoints(tmp_path / 'run') == ['step4']
+    train(settings(data, tmp_path))
+    assert_equal(tmp_path / 'run', whole)
 
 
 @pytest.mark.slow

@@ -13,12 +13,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from timm_selfdistill.batches import WorkerDiedError, _let_loader_notice, readable
 from timm_selfdistill.checkpoints import CheckpointError, Checkpoints, os_error_behind
 from timm_selfdistill.config import ConfigError, TrainConfig
 from timm_selfdistill.data import DataError
 from timm_selfdistill.folders import choose_folder, create_folder, is_complete, keep_rows, run_folder
-from timm_selfdistill.loaders import WorkerDiedError, readable
-from timm_selfdistill.signals import StopSignals, keep_worker_alive, let_loader_notice
+from timm_selfdistill.signals import StopSignals, keep_worker_alive
 
 STATE = dict(model=dict(weight=torch.arange(1000.)), at=dict(step=3, best={}), names=['loss'])
 
@@ -255,7 +255,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
 
     def work():
         with StopSignals() as signals:
-            let_loader_notice()
+            _let_loader_notice()
             seen.append((signals.received, signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=work)

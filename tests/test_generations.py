@@ -14,8 +14,9 @@ from test_distributed import launch
 
 from timm_selfdistill import generations
 from timm_selfdistill.augment import eval_transform
+from timm_selfdistill.batches import create_eval_loader
 from timm_selfdistill.config import ConfigError, TrainConfig
-from timm_selfdistill.data import create_eval_loader, load_image_data
+from timm_selfdistill.data import load_image_data
 from timm_selfdistill.generations import generation_config, train_generations
 from timm_selfdistill.hub import load_checkpoint, load_network
 from timm_selfdistill.run import Run

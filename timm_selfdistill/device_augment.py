@@ -21,7 +21,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional
 
 from .augment import TORCHVISION_POLICIES, policy_operations
-from .data import _seeded
+from .data import seeded
 
 __all__ = ['BatchAugment', 'normalize', 'supports', 'to_device']
 
@@ -339,7 +339,7 @@ class BatchAugment:
             return []
         first, steps = places.start // GROUP, []
         for group in range(first, (places.stop - 1) // GROUP + 1):
-            with _seeded(seed, epoch, POLICY, group):
+            with seeded(seed, epoch, POLICY, group):
                 steps += self.policy(GROUP)
         return steps[places.start - first * GROUP:places.stop - first * GROUP]
 

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from .augment import eval_transform
-from .data import EpochBatches, ImageSplit
+from .batches import EpochBatches, readable
+from .data import ImageSplit
 from .device_augment import BatchAugment, normalize, to_device
 from .signals import keep_worker_alive
 
@@ -142,7 +143,8 @@ def decode_split(
     console = Console()
     hidden = not (progress and large and console.is_terminal)
     pixels, done = torch.empty(shape, dtype=torch.uint8), 0
-    for batch in track(batches, f'decode {split.name}', console=console, transient=True, disable=hidden):
+    for batch in track(readable(batches), f'decode {split.name}', total=len(batches), console=console, transient=True,
+                       disable=hidden):
         pixels[done:done + len(batch)] = batch
         done += len(batch)
     if large:

@@ -13,8 +13,9 @@ from timm.data import resolve_data_config
 from torch.utils.data import DataLoader
 
 from .augment import eval_transform
+from .batches import create_eval_loader
 from .config import ConfigError
-from .data import DataError, ImageData, ImageSplit, create_eval_loader, load_image_data
+from .data import DataError, ImageData, ImageSplit, load_image_data
 from .hub import load_checkpoint
 from .multi_exit import MultiExit
 

@@ -16,8 +16,9 @@ from accelerate.utils import broadcast_object_list
 from timm.data import resolve_data_config
 
 from .augment import eval_transform
+from .batches import create_eval_loader
 from .config import ConfigError, TrainConfig, recipe_problem
-from .data import ImageData, create_eval_loader
+from .data import ImageData
 from .folders import is_complete, run_folder
 from .hub import load_checkpoint
 from .loaders import open_data

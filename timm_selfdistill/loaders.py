@@ -1,32 +1,18 @@
 """Where a run's batches come from: workers, the device's memory, or a stream."""
-from typing import Any, Dict, Iterable, Iterator, Optional
+from typing import Any, Dict, Iterable, Optional
 
 import torch
 from accelerate import Accelerator
 
 from .augment import eval_transform, train_transform
+from .batches import EpochBatches, create_eval_loader, create_train_loader
 from .config import ConfigError, TrainConfig
-from .data import (
-    DataError,
-    EpochBatches,
-    ImageData,
-    ImageSplit,
-    create_eval_loader,
-    create_train_loader,
-    load_image_data,
-)
+from .data import ImageData, ImageSplit, load_image_data
 from .device_augment import BatchAugment, supports
 from .device_data import DeviceEvalLoader, DeviceLoader, decode_split, fits_on_device
-from .signals import let_loader_notice
 from .streaming import create_streamed_eval_loader, create_streamed_train_loader, load_streamed_data
 
-__all__ = ['Loaders', 'WorkerDiedError', 'open_data', 'readable']
-
-
-class WorkerDiedError(DataError):
-    """A loader's worker process was killed."""
-
-    local = True  # of several processes only the one it belonged to knows
+__all__ = ['Loaders', 'open_data']
 
 
 def open_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
@@ -45,31 +31,6 @@ def open_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
             config.dataset, config.data_dir, config.image_column, config.label_column, config.val_fraction,
             config.in_chans, config.superclass_column,
         )
-
-
-def readable(batches: Iterable) -> Iterator:
-    """Pass batches on; raise what went wrong in a worker as it would have been raised here.
-
-    Raises:
-        DataError: An image or a label cannot be used.
-        WorkerDiedError: A worker process was killed.
-    """
-    try:
-        for batch in batches:
-            let_loader_notice()  # torch sets its handler when it starts workers
-            yield batch
-    except DataError as e:
-        text = str(e)
-        if text.startswith('Caught '):  # torch puts the worker's whole traceback there; its last line is the message
-            raise type(e)(text.rstrip().splitlines()[-1].partition(': ')[2]) from None
-        raise
-    except RuntimeError as e:
-        if 'DataLoader worker' not in str(e):
-            raise
-        raise WorkerDiedError(
-            f'A loader process died: {str(e).rstrip(". ")}. Often the memory was full, or the shared memory: '
-            f'fewer --workers need less of it.'
-        ) from e
 
 
 class Loaders:

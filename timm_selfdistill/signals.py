@@ -5,7 +5,7 @@ import time
 from types import FrameType
 from typing import Any, Dict, Optional
 
-__all__ = ['Preempted', 'StopSignals', 'keep_worker_alive', 'let_loader_notice']
+__all__ = ['Preempted', 'StopSignals', 'keep_worker_alive']
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -63,14 +63,3 @@ def keep_worker_alive(worker: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, note)
-
-
-def let_loader_notice() -> None:
-    """Take back torch's SIGCHLD handler, which raises as soon as a loader's worker has died, be it amid a step.
-
-    Without it the loader notices by itself where it waits for a batch, between two steps, within 5 seconds.
-    """
-    try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    except (AttributeError, ValueError):  # Windows has none; only the main thread has handlers
-        pass

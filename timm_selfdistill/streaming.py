@@ -9,17 +9,9 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from .data import (
-    DIGITS,
-    VALIDATION_NAMES,
-    DataError,
-    EpochBatches,
-    ImageData,
-    UnreadableImageError,
-    _open,
-    _pick_columns,
-    _seeded,
-)
+from .batches import EpochBatches
+from .data import DIGITS, VALIDATION_NAMES, DataError, ImageData, UnreadableImageError, _open, _pick_columns, seeded
+from .signals import keep_worker_alive
 
 __all__ = [
     'SizedStreamedSplit', 'StreamError', 'StreamedLoader', 'StreamedSplit', 'create_streamed_eval_loader',
@@ -329,7 +321,7 @@ class _TrainShare(_Share):
                 first = size * (number if pieces == self.world_size else number // workers)
             items = []
             for place, example in enumerate(islice(examples, first - read, first - read + size), places.start):
-                with _seeded(batches.seed, batches.epoch, place):
+                with seeded(batches.seed, batches.epoch, place):
                     items.append(self.split.item(example, self.transform))
             read = first + size
             yield default_collate(items)
@@ -396,6 +388,7 @@ def create_streamed_train_loader(
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=keep_worker_alive,
         generator=torch.Generator(),  # leaves the global one, which a resumed run goes on with, alone
     )
     return StreamedLoader(loader, batches)
@@ -416,5 +409,6 @@ def create_streamed_eval_loader(
         batch_size=batch_size,
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=keep_worker_alive,
         generator=torch.Generator(),
     )

@@ -119,6 +119,7 @@ def _train(run: Run) -> None:
         ) from e
     if metrics is None or run.unsaved:
         run.save()
+    run.write_rows()
     _finish(run, watched, metrics or run.evaluate(watched))
     for tracker in accelerator.trackers:
         tracker.finish()
