@@ -20,7 +20,7 @@ import psutil
 
 TRAIN = Path(__file__).parent.parent / 'recipes' / 'train.py'
 SETTINGS = (
-    '--model', 'test_resnet', '--exits', '2', '3', '--epochs', '4', '--batch-size', '50', '--model-ema',
+    '--model', 'test_resnet', '--exits', '2', '3', '--epochs', '4', '--batch-size', '52', '--model-ema',
     '--mixup', '0.2', '--drop', '0.1', '--reprob', '0.2', '--checkpoint-every', '3', '--last-phase-epochs', '1',
     '--alpha-end', '0.9',
 )

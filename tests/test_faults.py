@@ -332,7 +332,7 @@ def test_checkpoints_hold_finite_numbers_when_the_loss_does_not(data, tmp_path):
 def test_no_checkpoint_holds_weights_that_are_not_finite(data, whole, tmp_path):
     """A gradient may be bad where no term of the loss is."""
     def spoil(run):
-        parameter = run.task.get_eval_model().backbone.conv1.weight
+        parameter = next(run.task.get_eval_model().backbone.parameters())
         handle = parameter.register_hook(lambda grad: (handle.remove(), grad * math.nan)[1])
 
     with before_step(2, spoil), pytest.raises(NonFiniteLossError, match='Weights not finite after step 3: model.backb'):
