@@ -260,15 +260,15 @@ def test_a_compiled_task_is_the_same_task_without_graph_breaks_or_endless_recomp
     tasks[1].compile(backend='aot_eager')
     torch._dynamo.utils.counters.clear()
     x, y = torch.randn(4, 3, 32, 32), torch.randint(5, (4,))
-    for step in range(4):
+    for step in range(8):
         for task in tasks:
             task.train()
             task.zero_grad()
-            task.set_progress((step + 0.5) / 4)
+            task.set_progress((step + 0.5) / 8)
             result = task(x, y)
             result['loss'].backward()
         graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
-        if step == 1:
+        if step == 4:  # after a few steps torch takes such numbers for inputs
             settled = graphs
     assert graphs == settled, 'numbers that follow a schedule are compiled in'
     assert not torch._dynamo.utils.counters['graph_break']

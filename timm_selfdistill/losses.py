@@ -5,7 +5,7 @@ arXiv 1805.05551). Every term is a mean over the images of a batch, so that its 
 nor on how a batch is split over processes. The teacher's side of every term is detached.
 """
 import math
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -236,6 +236,11 @@ def exit_weights(kind: str, shares: Sequence[float], progress: float = 1.0) -> L
     return [1.0] * len(shares)
 
 
+def _is(setting: Union[float, torch.Tensor], number: float) -> bool:
+    """Compare a setting, which may be a tensor that a compiled step must not look into, with a number."""
+    return not torch.is_tensor(setting) and setting == number
+
+
 def self_distillation_loss(
         logits: Sequence[torch.Tensor],
         target: torch.Tensor,
@@ -286,13 +291,13 @@ def self_distillation_loss(
     loss = supervised(deepest)
     for i, teachers in enumerate(exit_teachers(logits, exit_teacher)):
         weight = 1.0 if weights is None else weights[i]
-        if alpha < 1:
+        if not _is(alpha, 1):
             loss = loss + weight * (1 - alpha) * supervised(i)
-        if alpha > 0:
+        if not _is(alpha, 0):
             divergences = [distillation_loss(logits[i], t, temperature, square_temperature) for t in teachers]
             terms[f'kl{i}'] = sum(divergences) / len(divergences)
             loss = loss + weight * alpha * terms[f'kl{i}']
-        if hint_weight > 0:
+        if not _is(hint_weight, 0):
             terms[f'hint{i}'] = hint_loss(hints[i], hint_target)
             loss = loss + weight * hint_weight * terms[f'hint{i}']
     return loss, {name: terms[name].detach() for name in sorted(terms)}

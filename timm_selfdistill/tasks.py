@@ -211,7 +211,7 @@ class SelfDistillationTask(TrainingTask):
             label_weight=label_weight,
             teacher_temperature=teacher_temperature,
         )
-        self.compute_loss = self_distillation_loss
+        self.compute_loss, self.compiled = self_distillation_loss, False
         self.weighting = weighting
         self.shares = [model.stages[i].share for i in model.exits]
         self.trainable_module = SelfDistillationModule(
@@ -259,9 +259,12 @@ class SelfDistillationTask(TrainingTask):
 
     def set_progress(self, progress: float) -> None:
         """Say which part of the training is done, 0 to 1: what has a schedule follows it."""
+        # torch 2.8 compiles numbers that are calculated with into the graph, changing ones anew in every step
+        moving = torch.tensor if self.compiled else float
         for name, (start, end) in self.schedules.items():
-            self.loss_args[name] = start + (end - start) * progress
-        self.loss_args['weights'] = exit_weights(self.weighting, self.shares, progress)
+            self.loss_args[name] = start if start == end else moving(start + (end - start) * progress)
+        weights = exit_weights(self.weighting, self.shares, progress)
+        self.loss_args['weights'] = [moving(w) for w in weights] if self.weighting == 'ramp' else weights
 
     def set_last_phase(self, enable: bool = True) -> None:
         """Train the backbone by the deepest exit alone; the other exits follow it without changing it."""
@@ -282,7 +285,7 @@ class SelfDistillationTask(TrainingTask):
         self.trainable_module.compile(**compile_kwargs)
         if self.teacher is not None:
             self.teacher.compile(**compile_kwargs)
-        self.compute_loss = torch.compile(self_distillation_loss, **compile_kwargs)
+        self.compute_loss, self.compiled = torch.compile(self_distillation_loss, **compile_kwargs), True
         return self.get_eval_model()
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
