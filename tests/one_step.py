@@ -6,18 +6,18 @@ not depend on the number of processes.
 import sys
 
 import torch
-from accelerate import Accelerator
 
 from timm_selfdistill.config import parse_train_config
+from timm_selfdistill.folders import run_folder
 from timm_selfdistill.launch import relaunch_on_cpu
 from timm_selfdistill.run import Run
-from timm_selfdistill.trainer import close
+from timm_selfdistill.trainer import close, create_accelerator
 
 
 def main(path, arguments):
     config = parse_train_config(arguments)
     relaunch_on_cpu()
-    run = Run(config, Accelerator())
+    run = Run(config, create_accelerator(config), run_folder(config))
     run.task.train()
     for module in run.task.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
