@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -38,10 +39,10 @@ def kill(process: subprocess.Popen) -> None:
     """Kill the launcher and all that it started, wherever they have put themselves."""
     family = [psutil.Process(process.pid)]
     family += family[0].children(recursive=True)
-    for member in family:
-        member.suspend()  # so that none sees another one die
-    for member in family:
-        member.kill()
+    for act in (psutil.Process.suspend, psutil.Process.kill):  # suspended, none sees another one die
+        for member in family:
+            with suppress(psutil.NoSuchProcess):  # gone meanwhile, as helpers of the launcher are
+                act(member)
     process.wait()
 
 
