@@ -92,11 +92,11 @@ def _train(run: Run) -> None:
     reporter.start(run.folder, run.data, run.data_config, run.costs, architecture, accelerator)
     if config.resume is not None:
         run.resume()
-    if run.steps == 0:
-        run.save()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process:  # first of all: by it a killed run is known for one
         settings = dict(config.settings(), resume=None)
         (run.folder / 'args.yaml').write_text(yaml.safe_dump(settings, sort_keys=False), encoding='utf-8')
+    if run.steps == 0:
+        run.save()
     if config.report_to:
         start_trackers(accelerator, config.report_to, run.folder, config.settings(), run.epoch)
     metrics = None
