@@ -1,5 +1,6 @@
 """Multi-exit, self-distilled networks for any timm model. Importing registers `<name>_sd` with timm."""
 from . import cifar, registry  # in this order: registry gives what it finds its `_sd` names
+from .early_exit import EarlyExit
 from .heads import EXIT_HEADS
 from .multi_exit import MultiExit, add_exits
 from .stages import Stage, choose_exits, find_stages
@@ -8,6 +9,7 @@ from .wrapper import checkpoint_filter_fn
 
 __all__ = [
     'EXIT_HEADS',
+    'EarlyExit',
     'MultiExit',
     'Stage',
     '__version__',

@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 
 from .exit_network import ExitNetwork
+from .exit_rule import ExitRule
 from .heads import ExitHead, LinearHead, chain_logits, exit_head_kind, head_settings
 from .stages import ExitSpec, Stage, choose_exits, copy_model, count_macs, find_stages, take_taps
 from .wrapper import SUFFIX, BackboneWrapper, cfg_without_weights, model_name, names_tuple
@@ -25,6 +26,8 @@ class MultiExit(BackboneWrapper):
         exits: Where auxiliary exits stand, see `choose_exits`.
         exit_head: Kind of exit head, a name in `EXIT_HEADS`.
         num_classes: Classes; as many as the backbone has when None.
+        early_exit: When images may leave early, as `ExitRule.settings` writes it. A rule that was made for another
+            number of classes is dropped.
 
     Attributes:
         backbone: The plain timm model.
@@ -33,9 +36,10 @@ class MultiExit(BackboneWrapper):
         head: The deepest exit's classifier where the backbone has none of its own, else None.
         stages: Every place where the backbone may be cut.
         distilled_training: Whether `forward` gives all exits while training.
+        early_exit: The rule that `EarlyExit` takes unless it is given another, None if there is none.
 
     Raises:
-        ValueError: `exits` or `exit_head` do not fit the backbone, or the backbone already has exits.
+        ValueError: `exits`, `exit_head` or `early_exit` do not fit the backbone, or the backbone already has exits.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class MultiExit(BackboneWrapper):
             exits: ExitSpec = None,
             exit_head: str = 'bottleneck',
             num_classes: Optional[int] = None,
+            early_exit: Optional[Dict[str, Any]] = None,
     ):
         super().__init__(backbone)
         name = model_name(backbone)
@@ -65,6 +70,7 @@ class MultiExit(BackboneWrapper):
         self.exits = choose_exits(self.stages, exits, name, head_macs)
         self.exit_head = exit_head
         self.distilled_training = False
+        self.early_exit: Optional[Dict[str, Any]] = None
         self.exit_heads = nn.ModuleList(
             create_head(num_classes=backbone.num_classes, first=i == self.exits[0], **settings[i]) for i in self.exits
         )
@@ -76,6 +82,9 @@ class MultiExit(BackboneWrapper):
             heads.to(device=like.device, dtype=like.dtype)
         if num_classes is not None and num_classes != self.num_classes:
             self.reset_classifier(num_classes)
+        if early_exit is not None:
+            rule = ExitRule.from_settings(early_exit, self.num_exits)
+            self.early_exit = rule.settings() if rule.num_classes == self.num_classes else None
         self.pretrained_cfg = cfg_without_weights(backbone, name + SUFFIX)
 
     # -- exits --------------------------------------------------------------------------------------------------------
@@ -179,11 +188,12 @@ class MultiExit(BackboneWrapper):
         if self._check_exit(k) < self.num_exits - 1:
             first = 0 if self.exit_heads[k].takes_logits else k
             heads, taps = self.exit_heads[first:k + 1], self.exits[first:k + 1]
-            return ExitNetwork(self.backbone, heads, k, taps, model_name(self), self._model_args)
+            args = {name: value for name, value in self._model_args.items() if name != 'early_exit'}
+            return ExitNetwork(self.backbone, heads, k, taps, model_name(self), args)
         if self.head is None:
             return copy_model(self.backbone)
         network = copy_model(self)
-        network.exits, network.exit_heads = (), nn.ModuleList()
+        network.exits, network.exit_heads, network.early_exit = (), nn.ModuleList(), None
         return network
 
     def _check_exit(self, k: int) -> int:
@@ -204,14 +214,19 @@ class MultiExit(BackboneWrapper):
         return (*(f'exit_heads.{i}.fc' for i in range(len(self.exits))), *deepest)
 
     def wrapper_args(self) -> Dict[str, Any]:
-        return dict(exits=list(self.exits), exit_head=self.exit_head)
+        args = dict(exits=list(self.exits), exit_head=self.exit_head)
+        return args if self.early_exit is None else dict(args, early_exit=self.early_exit)
 
     def get_classifier(self) -> nn.Module:
         """Return the deepest exit's classifier."""
         return self.backbone.get_classifier() if self.head is None else self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Give every exit a fresh classifier for `num_classes` classes; the pooling is the deepest exit's."""
+        """Give every exit a fresh classifier for `num_classes` classes; the pooling is the deepest exit's.
+
+        The rule of early exit goes with the classifiers that it was made for.
+        """
+        self.early_exit = None
         heads = list(self.exit_heads)
         if self.head is not None:
             heads.append(self.head)
@@ -238,7 +253,7 @@ class MultiExit(BackboneWrapper):
     def prune_intermediate_layers(self, indices: Union[int, List[int]] = 1, *args: Any, **kwargs: Any) -> List[int]:
         """Prune the backbone as timm does; the exits go, as the classifier does."""
         kept = self.backbone.prune_intermediate_layers(indices, *args, **kwargs)
-        self.exits, self.exit_heads, self.head = (), nn.ModuleList(), None
+        self.exits, self.exit_heads, self.head, self.early_exit = (), nn.ModuleList(), None, None
         self.stages = self.stages[:max(kept) + 1]
         return kept
 

@@ -2,7 +2,7 @@
 import dataclasses
 import sys
 from collections import deque
-from typing import Any, Callable, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import timm
 import torch
@@ -25,6 +25,7 @@ def _create_multi_exit(
         exits: ExitSpec = None,
         exit_head: str = 'bottleneck',
         truncate: Optional[int] = None,
+        early_exit: Optional[Dict[str, Any]] = None,
         backbone_pretrained: Union[bool, str] = False,
         **kwargs: Any,
 ) -> nn.Module:
@@ -36,12 +37,13 @@ def _create_multi_exit(
         exits: Where auxiliary exits stand, see `choose_exits`.
         exit_head: Kind of exit head, a name in `EXIT_HEADS`.
         truncate: Number of an exit; gives the network that ends there, see `MultiExit.truncate`.
+        early_exit: When images may leave early, as it stands in the `config.json` of calibrated weights.
         backbone_pretrained: Load timm's own weights into the backbone; a string picks their tag.
         **kwargs: What the base model takes.
 
     Raises:
         RuntimeError: `pretrained` where no multi-exit weights are published.
-        ValueError: `exits`, `exit_head`, `truncate` or `img_size` do not fit the network.
+        ValueError: `exits`, `exit_head`, `truncate`, `early_exit` or `img_size` do not fit the network.
     """
     variant = base + SUFFIX
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -64,7 +66,7 @@ def _create_multi_exit(
             if img_size is None or (isinstance(error, TypeError) and 'img_size' not in str(error)):
                 raise
             raise ValueError(_refused_size(base, img_size, error)) from error
-        model = MultiExit(backbone, exits=exits, exit_head=exit_head, num_classes=model_args.get('num_classes'))
+        model = MultiExit(backbone, exits, exit_head, model_args.get('num_classes'), early_exit)
         return model if truncate is None else model.truncate(truncate)
 
     return build_model_with_cfg(

@@ -1,0 +1,292 @@
+"""EarlyExit: runs each image only as deep as it needs."""
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+
+import torch
+
+from .calibration import (
+    Calibration,
+    check_targets,
+    choose_point,
+    compute_costs,
+    exit_curve,
+    fit_temperatures,
+    measure_costs,
+)
+from .compaction import CompactingRun, choose_run
+from .exit_rule import ExitRule, Thresholds, follow_rule
+from .metrics import ExitEvaluator, collect_logits, eval_mode
+from .multi_exit import MultiExit
+from .wrapper import model_name
+
+__all__ = ['EarlyExit', 'EarlyExitOutput']
+
+Batches = Iterable[Tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class EarlyExitOutput:
+    """What became of a batch, in the order in which the images came.
+
+    Attributes:
+        logits: Logits of the exit that each image took (N, num_classes), or the mean of those up to there.
+        exit_index: Number of this exit (N,).
+        temperatures: Its temperature (N,).
+    """
+    logits: torch.Tensor
+    exit_index: torch.Tensor
+    temperatures: torch.Tensor
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """Calibrated probabilities (N, num_classes)."""
+        return (self.logits / self.temperatures[:, None]).softmax(-1)
+
+
+class EarlyExit:
+    """Runs each image only as deep as it needs.
+
+    One pass through the network: at each exit the images that are sure leave, the rest go on in a smaller batch; when
+    none is left the network stops. How they leave is found out by probing a copy with random weights: most networks
+    can be resumed behind the module that makes the map an exit takes (found by comparing outputs). Where something else
+    passes that place too, the network is cut into graphs, which takes some seconds here and ties it to the size of
+    images it was built for. Where that fails, whole batches run to the end; `repr` says so.
+
+    Args:
+        model: The network. It is held, not copied.
+        thresholds: Where an image is sure enough, see `ExitRule`. When this and all that follows are left out, the rule
+            that came with the model (`model.early_exit`) is taken; if it has none, no image leaves early.
+        criterion: What the thresholds are compared with, one of `CRITERIA`.
+        temperatures: One for each exit, see `ExitRule`.
+        ensemble: Let all exits passed so far decide together.
+
+    Attributes:
+        model: The network.
+        rule: The `ExitRule` in force.
+
+    Raises:
+        ValueError: A value does not fit the network, or it has no exits.
+    """
+
+    def __init__(
+            self,
+            model: MultiExit,
+            thresholds: Thresholds = None,
+            criterion: str = 'confidence',
+            temperatures: Optional[Sequence[float]] = None,
+            ensemble: bool = False,
+    ):
+        if not isinstance(model, MultiExit):
+            raise ValueError(f'{model_name(model)} has no exits to leave at: expected a model such as resnet50_sd.')
+        self.model = model
+        own = thresholds is None and criterion == 'confidence' and temperatures is None and not ensemble
+        if own and model.early_exit is not None:
+            self.rule = ExitRule.from_settings(model.early_exit, model.num_exits)
+        else:
+            self.rule = ExitRule(
+                model.num_exits, model.num_classes, thresholds, criterion, temperatures, ensemble)
+        with eval_mode(model):
+            self._run: CompactingRun = choose_run(model)
+        self._made_for = self._kind()
+        self._calibrated_on: Set[bytes] = set()
+
+    def __repr__(self) -> str:
+        sign = '<=' if self.rule.criterion == 'entropy' else '>='
+        if any(t is not None for t in self.rule.thresholds):
+            leave = ', '.join(
+                f'exit {i}: never' if t is None else f'exit {i}: {self.rule.criterion} {sign} {t:.4g}'
+                for i, t in enumerate(self.rule.thresholds)
+            )
+        else:
+            leave = 'no image leaves early'
+        ensemble = ', ensemble of the exits passed' if self.rule.ensemble else ''
+        return f'EarlyExit({model_name(self.model)}; {leave}{ensemble}; {self._run.how})'
+
+    @property
+    def compacts(self) -> bool:
+        """Whether images that leave are spared the rest of the network."""
+        return self._run.compacts
+
+    def _kind(self) -> Tuple[torch.device, torch.dtype]:
+        like = next(self.model.parameters())
+        return like.device, like.dtype
+
+    def __call__(self, images: torch.Tensor) -> EarlyExitOutput:
+        return self.run(images)
+
+    @torch.no_grad()
+    def run(self, images: torch.Tensor) -> EarlyExitOutput:
+        """Classify images, each by the first exit that is sure of it.
+
+        Args:
+            images: Images (N, C, H, W), preprocessed, where the model is. It is run in eval mode and left in the mode
+                it was in.
+
+        Raises:
+            ValueError: There are no images, they are no floating point tensor of this shape or not of a size that the
+                network takes, or some hold NaN.
+        """
+        if images.ndim != 4 or not len(images):
+            raise ValueError(f'images of shape {tuple(images.shape)}: expected (N, C, H, W) with one image or more.')
+        if not images.is_floating_point():
+            raise ValueError(
+                f'images of {images.dtype}: expected floating point, as timm.data.create_transform() makes them.')
+        if self.model.training:
+            with eval_mode(self.model):
+                return self.run(images)
+        if self._run.tied and self._made_for != self._kind():  # graphs hold what belongs to a device
+            self._run, self._made_for = choose_run(self.model), self._kind()
+        rule, heads = self.rule, self.model.exit_heads
+        here = torch.arange(len(images), device=images.device)
+        memory: Dict[str, torch.Tensor] = {}
+        left: List[Tuple[int, torch.Tensor, torch.Tensor]] = []
+
+        def at_exit(number: int, logits: torch.Tensor) -> Optional[torch.Tensor]:
+            nonlocal here, memory
+            decided, sure, memory = rule.judge(number, logits, memory)
+            if number == rule.num_exits - 1:
+                left.append((number, here, decided))
+                return None
+            leaves = sure >= rule.level(number)
+            rows = leaves.logical_not().nonzero().squeeze(1)
+            if len(rows) == len(here):
+                return None
+            gone = leaves.nonzero().squeeze(1)
+            left.append((number, here[gone], decided[gone]))
+            here, memory = here[rows], {name: value[rows] for name, value in memory.items()}
+            return rows
+
+        # a head whose logits the next one takes runs in any case
+        wanted = [rule.asks(i) or any(h.takes_logits for h in heads[i + 1:]) for i in range(rule.num_exits)]
+        self._run(images, at_exit, wanted)
+        order = torch.cat([rows for _, rows, _ in left]).argsort()
+        logits = torch.cat([decided for _, _, decided in left])[order]
+        exits = torch.cat([torch.full_like(rows, number) for number, rows, _ in left])[order]
+        if logits.isnan().any():
+            self._explain_nan(images, logits)
+        return EarlyExitOutput(logits, exits, logits.new_tensor(rule.temperatures)[exits])
+
+    def _explain_nan(self, images: torch.Tensor, logits: torch.Tensor) -> None:
+        for what, tensor in (('images', images), ('logits', logits)):
+            rows = tensor.flatten(1).isfinite().all(1).logical_not().nonzero().squeeze(1).tolist()
+            if rows:
+                some = ', '.join(map(str, rows[:10])) + (', ...' if len(rows) > 10 else '')
+                raise ValueError(f'{what} {some} of {len(images)}: not finite, so no exit can be sure of them.')
+
+    def simulate(self, logits: Sequence[torch.Tensor]) -> EarlyExitOutput:
+        """Say what `run` would give, from logits that exist already; it saves nothing and runs nothing.
+
+        Args:
+            logits: Logits of every exit, each (N, num_classes), as `forward_exits` gives them.
+
+        Raises:
+            ValueError: There is not one tensor an exit, or their shapes are others.
+        """
+        expected = (len(logits[0]) if len(logits) else 0, self.rule.num_classes)
+        if len(logits) != self.rule.num_exits or any(tuple(z.shape) != expected for z in logits):
+            raise ValueError(
+                f'logits of the shapes {[tuple(z.shape) for z in logits]}: expected {self.rule.num_exits} times '
+                f'(N, {self.rule.num_classes}), one for each exit.'
+            )
+        decided, exits = follow_rule(self.rule, logits)
+        return EarlyExitOutput(decided, exits, decided.new_tensor(self.rule.temperatures)[exits])
+
+    def calibrate(
+            self,
+            loader: Batches,
+            budget: Optional[float] = None,
+            accuracy_drop: Optional[float] = None,
+            latency: Optional[float] = None,
+    ) -> Calibration:
+        """Choose temperatures and thresholds on held-out data.
+
+        The rule's criterion stays, and whether exits decide together. The new rule is in force at once and is noted in
+        the model (`model.early_exit`), so that it is saved with it.
+
+        Args:
+            loader: Images (N, C, H, W) and labels (N,) that neither training nor testing has to do with.
+            budget: Multiply-adds that an image may take in the mean, as a share of the plain network's. The most
+                accurate thresholds within it are chosen.
+            accuracy_drop: Percentage points of top-1 accuracy that may be lost against the deepest exit. The cheapest
+                thresholds that do so are chosen.
+            latency: Milliseconds that an image may take in the mean, on this machine and in batches as the loader's
+                first; chosen like a budget, from the time that each part of the network is measured to take.
+
+        Returns:
+            The rule, what it comes to on these data, and the whole curve of accuracy over cost.
+
+        Raises:
+            ValueError: Not exactly one of the three is given, no thresholds reach it, there are no images, or some are
+                of classes that the network does not know. Nothing is changed then.
+        """
+        aims = dict(budget=budget, accuracy_drop=accuracy_drop, latency=latency)
+        if sum(aim is not None for aim in aims.values()) != 1:
+            given = ', '.join(f'{name}={aim!r}' for name, aim in aims.items())
+            raise ValueError(f'{given}: expected exactly one of them.')
+        seen: Set[bytes] = set()
+        first: List[torch.Tensor] = []
+
+        def checked() -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+            for images, target in loader:
+                check_targets(target, self.rule.num_classes)
+                first[:] = first or [images]
+                seen.update(_digests(images))
+                yield images, target
+
+        device = self._kind()[0]
+        logits, target = collect_logits(self.model, checked(), device)
+        temperatures = fit_temperatures(logits, target, self.rule.ensemble)
+        rule = replace(self.rule, thresholds=None, temperatures=temperatures)
+        if latency is None:
+            costs = compute_costs(self.model, tuple(first[0].shape[1:]))
+        else:
+            costs = measure_costs(self.model, first[0].to(device))
+        curve = exit_curve(rule, logits, target, costs)
+        point = choose_point(curve, budget if latency is None else latency, accuracy_drop)
+        self.rule = replace(rule, thresholds=point['thresholds'])
+        self.model.early_exit = self.rule.settings()
+        self._calibrated_on = seen
+        return Calibration(self.rule, point, curve, len(target), costs)
+
+    def evaluate(self, loader: Batches) -> Dict[str, Any]:
+        """Measure accuracy and cost by running images.
+
+        Args:
+            loader: Images (N, C, H, W) and labels (N,).
+
+        Returns:
+            loss, top1, top5 and ece as of `metrics.ExitEvaluator`, with the temperatures applied; `count`; `cost`, the
+            multiply-adds of an image in the mean as a share of the plain network's; and `leaving`, the share of the
+            images that left at each exit.
+
+        Raises:
+            ValueError: The thresholds were calibrated on some of these images, there are none, or some are of classes
+                that the network does not know.
+        """
+        device = self._kind()[0]
+        evaluator = ExitEvaluator(device)
+        leaving = torch.zeros(self.rule.num_exits, dtype=torch.long)
+        size: Tuple[int, ...] = ()
+        for images, target in loader:
+            check_targets(target, self.rule.num_classes)
+            known = sum(digest in self._calibrated_on for digest in _digests(images))
+            if known:
+                raise ValueError(
+                    f'{known} of {len(images)} images in a batch are among those that the thresholds were chosen on: '
+                    f'measured on them they would look better than they are. Keep the two parts apart.'
+                )
+            out = self.run(images.to(device, non_blocking=True))
+            evaluator.update(out.probabilities.log(), target.to(device, non_blocking=True))
+            leaving += out.exit_index.cpu().bincount(minlength=len(leaving))
+            size = tuple(images.shape[1:])
+        if not size:
+            raise ValueError('There are no images.')
+        shares = (leaving / leaving.sum()).tolist()
+        costs = compute_costs(self.model, size).of(self.rule)
+        return dict(evaluator.compute(), cost=sum(map(float.__mul__, shares, costs)), leaving=shares)
+
+
+def _digests(images: torch.Tensor) -> List[bytes]:
+    pixels = images.detach().cpu().float().numpy()
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
