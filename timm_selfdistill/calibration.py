@@ -18,9 +18,9 @@ from .multi_exit import MultiExit
 from .stages import count_macs, meta_copy, take_taps
 
 __all__ = [
-    'MS', 'SHARE', 'Calibration', 'Candidate', 'RunCosts', 'check_targets', 'choose_point', 'compute_costs',
-    'exit_curve', 'fit_temperature', 'fit_temperatures', 'measure_costs', 'measure_thresholds', 'pareto',
-    'single_exits',
+    'MS', 'SHARE', 'Calibration', 'Candidate', 'RunCosts', 'check_aim', 'check_targets', 'choose_point',
+    'compute_costs', 'exit_curve', 'fit_temperature', 'fit_temperatures', 'measure_costs', 'measure_thresholds',
+    'pareto', 'single_exits',
 ]
 
 SHARE = "share of the plain network's multiply-adds"
@@ -101,7 +101,8 @@ class RunCosts:
         sections: Cost of the network from each exit to the next, the first from the images on, one for each exit.
         heads: Cost of each exit's head, one for each exit; the deepest exit's counts to its section, so it is 0.
         unit: What the costs are counted in, `SHARE` or `MS`.
-        chained: Whether a head takes the logits of the exit before, so that all heads up to where an image leaves run.
+        chained: Whether heads take the logits of the exit before, so that all of them run, but for the last one if it
+            is not asked.
     """
     sections: Tuple[float, ...]
     heads: Tuple[float, ...]
@@ -111,9 +112,10 @@ class RunCosts:
     def of(self, rule: ExitRule) -> List[float]:
         """Return what an image costs that leaves at each exit, one value for each.
 
-        Heads that the rule does not ask do not run, unless heads are `chained`.
+        Heads that the rule does not ask do not run, unless a later one takes their logits.
         """
-        run = (head if self.chained or rule.asks(i) else 0. for i, head in enumerate(self.heads))
+        taken = len(self.heads) - 2 if self.chained else 0  # the deepest exit takes none
+        run = (head if i < taken or rule.asks(i) else 0. for i, head in enumerate(self.heads))
         return list(accumulate(section + head for section, head in zip(self.sections, run)))
 
 
@@ -155,7 +157,7 @@ def _run_head(head: ExitHead, tap: torch.Tensor, previous: Optional[torch.Tensor
     return head.forward_head(head.forward_features(tap), previous)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_costs(model: MultiExit, images: torch.Tensor, rounds: int = 15) -> RunCosts:
     """Measure the time that the network's parts take on this machine, in milliseconds for one image.
 
@@ -389,30 +391,49 @@ def choose_point(
         rows: Sequence[Dict[str, Any]],
         budget: Optional[float] = None,
         accuracy_drop: Optional[float] = None,
+        latency: Optional[float] = None,
 ) -> Dict[str, Any]:
     """Choose a row of a curve: the most accurate within a budget, or the cheapest that is accurate enough.
 
     Args:
         rows: What `exit_curve` returned.
-        budget: What an image may cost in the mean, in the unit of the curve's costs.
-        accuracy_drop: Percentage points of top-1 accuracy that it may lose against the row where nothing leaves early.
+        budget: What an image may cost in the mean, where costs are shares.
+        accuracy_drop: Percentage points of top-1 accuracy that it may lose against the row where nothing leaves
+            early: the deepest exit, or all exits together where the rule lets them decide together.
+        latency: What an image may cost in the mean, where costs are milliseconds.
 
     Raises:
-        ValueError: Not one of the two is given but both or none, it is no number above 0 (a drop may be 0), or even
-            the cheapest row costs more.
+        ValueError: See `check_aim`; or even the cheapest row costs more.
     """
-    if (budget is None) == (accuracy_drop is None):
-        raise ValueError(f'budget={budget!r}, accuracy_drop={accuracy_drop!r}: expected one of them.')
-    name, value = ('budget', budget) if accuracy_drop is None else ('accuracy_drop', accuracy_drop)
+    name, value = check_aim(budget, accuracy_drop, latency)
+    front = pareto(rows)
+    if name == 'accuracy_drop':
+        whole = next(row for row in rows if all(threshold is None for threshold in row['thresholds']))
+        return next(row for row in front if row['top1'] >= whole['top1'] - value - 1e-9)
+    # a sum of shares may exceed by rounding what it should be
+    within = [row for row in front if row['cost'] <= value * (1 + 1e-9)]
+    if not within:
+        raise ValueError(f'{name}={value!r}: too low, the cheapest way to run this network costs '
+                         f'{front[0]["cost"]:.4g}, with a top-1 accuracy of {front[0]["top1"]:.2f} %.')
+    return within[-1]
+
+
+def check_aim(
+        budget: Optional[float] = None,
+        accuracy_drop: Optional[float] = None,
+        latency: Optional[float] = None,
+) -> Tuple[str, float]:
+    """Return which of the three is given, and its value.
+
+    Raises:
+        ValueError: Not exactly one of them is given, or it is no number from 0 on.
+    """
+    aims = dict(budget=budget, accuracy_drop=accuracy_drop, latency=latency)
+    given = [(name, value) for name, value in aims.items() if value is not None]
+    if len(given) != 1:
+        said = ', '.join(f'{name}={value!r}' for name, value in aims.items())
+        raise ValueError(f'{said}: expected exactly one of them.')
+    name, value = given[0]
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
         raise ValueError(f'{name}={value!r}: expected a number, 0 or more.')
-    front = pareto(rows)
-    if accuracy_drop is None:
-        # a sum of shares may exceed by rounding what it should be
-        within = [row for row in front if row['cost'] <= budget * (1 + 1e-9)]
-        if not within:
-            raise ValueError(f'budget={budget!r}: too low, the cheapest way to run this network costs '
-                             f'{front[0]["cost"]:.4g}, with a top-1 accuracy of {front[0]["top1"]:.2f} %.')
-        return within[-1]
-    whole = next(row for row in rows if all(threshold is None for threshold in row['thresholds']))
-    return next(row for row in front if row['top1'] >= whole['top1'] - accuracy_drop - 1e-9)
+    return name, value

@@ -3,17 +3,17 @@ import math
 import threading
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, List, Literal, Optional, Protocol, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from timm.models import get_model_input_config
 
 from .multi_exit import MultiExit
-from .stages import copy_model, take_taps
+from .stages import copy_model, meta_copy, take_taps
 from .wrapper import model_name, times
 
-__all__ = ['AtExit', 'CompactingRun', 'choose_run']
+__all__ = ['AtExit', 'CompactingRun', 'choose_run', 'randomise', 'small_size']
 
 # Called with the number of an exit and the logits of the images that came there. Returns the rows of those that go on,
 # None for all of them; nothing at the deepest exit.
@@ -24,12 +24,11 @@ class CompactingRun(Protocol):
     """One way to run a network.
 
     Attributes:
-        compacts: Whether images that leave are spared the rest of the network.
-        tied: Whether it was made for the device and the precision that the network had then.
+        kind: `hooks` and `graphs` spare images that leave the rest of the network, `whole` does not. Graphs belong to
+            the device and the precision that the network had when they were made.
         how: What it does, in words.
     """
-    compacts: bool
-    tied: bool
+    kind: Literal['hooks', 'graphs', 'whole']
     how: str
 
     def __call__(self, images: torch.Tensor, at_exit: AtExit, wanted: Sequence[bool]) -> None:
@@ -84,7 +83,7 @@ class _HookedRun:
         cuts: One for each auxiliary exit.
     """
 
-    compacts, tied = True, False
+    kind = 'hooks'
     how = 'images that leave are taken out of the batch'
 
     def __init__(self, model: MultiExit, cuts: Sequence[_Cut]):
@@ -144,7 +143,8 @@ def _items(output: Any) -> List[Tuple[Optional[int], torch.Tensor]]:
     return [(i, item) for i, item in enumerate(output) if isinstance(item, torch.Tensor)]
 
 
-def _randomise(model: nn.Module) -> None:
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
     """Give a network weights with which every layer changes what passes it; many a fresh one begins as an identity."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -190,13 +190,14 @@ def _find_cuts(model: MultiExit, images: torch.Tensor) -> Optional[List[_Cut]]:
     Everything is tried on a copy with random weights: which module makes a map is found by comparing outputs.
     """
     probe = copy_model(model).eval().float()
-    _randomise(probe)
-    candidates = _candidates(probe, images)
+    randomise(probe)
+    expected = probe.forward_exits(images)
+    candidates = _candidates(probe, images[:1])
     for choice in range(max(map(len, candidates), default=1)):
         if not all(candidates):
             return None
         cuts = [options[min(choice, len(options) - 1)] for options in candidates]
-        if _agrees(_HookedRun(probe, cuts), probe, images):
+        if _agrees(_HookedRun(probe, cuts), images, expected):
             return cuts
     return None
 
@@ -215,7 +216,7 @@ class _SegmentedRun:
         SplitError: The network cannot be cut into such graphs.
     """
 
-    compacts, tied = True, True
+    kind = 'graphs'
     how = 'images that leave are taken out of the batch, between graphs made for images of '
 
     def __init__(self, model: MultiExit, images: torch.Tensor):
@@ -252,7 +253,7 @@ class _WholeRun:
         reason: Why nothing better works.
     """
 
-    compacts, tied = False, False
+    kind = 'whole'
 
     def __init__(self, model: MultiExit, reason: str):
         self.model = model
@@ -266,9 +267,8 @@ class _WholeRun:
                 left = left[rows]
 
 
-def _agrees(run: CompactingRun, model: MultiExit, images: torch.Tensor) -> bool:
-    """Say whether a run gives every image the logits of `forward_exits` although others leave before it."""
-    expected = model.forward_exits(images)
+def _agrees(run: CompactingRun, images: torch.Tensor, expected: Sequence[torch.Tensor]) -> bool:
+    """Say whether a run gives every image the logits expected at every exit although others leave before it."""
     left = torch.arange(len(images), device=images.device)
     agreed = []
 
@@ -282,10 +282,24 @@ def _agrees(run: CompactingRun, model: MultiExit, images: torch.Tensor) -> bool:
         return rows
 
     try:
-        run(images, drop_one, [True] * model.num_exits)
+        run(images, drop_one, [True] * len(expected))
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):  # whatever a wrong size leads to
         return False
-    return len(agreed) == model.num_exits and all(agreed)
+    return len(agreed) == len(expected) and all(agreed)
+
+
+def small_size(model: MultiExit) -> Tuple[int, ...]:
+    """Return channels, height and width of images that are quickly run, no larger than those it was built for."""
+    own = tuple(get_model_input_config(model)['input_size'])
+    probe = meta_copy(model)
+    for side in (96, 128, 192):
+        if side < min(own[1:]):
+            try:
+                probe.forward_exits(torch.empty(1, own[0], side, side, device='meta'))
+            except (AssertionError, RuntimeError, ValueError):  # built for another size
+                continue
+            return own[0], side, side
+    return own
 
 
 @torch.no_grad()
@@ -296,18 +310,18 @@ def choose_run(model: MultiExit) -> CompactingRun:
         model: The network, in eval mode.
     """
     like = next(model.parameters())
-    size = get_model_input_config(model)['input_size']
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(max(3, model.num_exits), *size, generator=generator).to(like.device)
+    count = max(3, model.num_exits)
     with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
-        cuts = _find_cuts(model, images)
-    if cuts is not None:
-        return _HookedRun(model, cuts)
+        torch.manual_seed(0)
+        cuts = _find_cuts(model, torch.randn(count, *small_size(model), device=like.device))
+        if cuts is not None:
+            return _HookedRun(model, cuts)
+        images = torch.randn(count, *get_model_input_config(model)['input_size'], device=like.device).to(like.dtype)
     from .segments import SplitError
     try:
-        run = _SegmentedRun(model, images.to(like.dtype))
+        run = _SegmentedRun(model, images)
     except SplitError as error:
         return _WholeRun(model, str(error))
-    if not _agrees(run, model, images.to(like.dtype)):
+    if not _agrees(run, images, model.forward_exits(images)):
         return _WholeRun(model, 'the rest of the network does not go on with some of the images')
     return run

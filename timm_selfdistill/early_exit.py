@@ -1,5 +1,6 @@
 """EarlyExit: runs each image only as deep as it needs."""
 import hashlib
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
@@ -7,6 +8,7 @@ import torch
 
 from .calibration import (
     Calibration,
+    check_aim,
     check_targets,
     choose_point,
     compute_costs,
@@ -21,6 +23,8 @@ from .multi_exit import MultiExit
 from .wrapper import model_name
 
 __all__ = ['EarlyExit', 'EarlyExitOutput']
+
+_logger = logging.getLogger(__name__)
 
 Batches = Iterable[Tuple[torch.Tensor, torch.Tensor]]
 
@@ -88,6 +92,8 @@ class EarlyExit:
                 model.num_exits, model.num_classes, thresholds, criterion, temperatures, ensemble)
         with eval_mode(model):
             self._run: CompactingRun = choose_run(model)
+        if not self.compacts:
+            _logger.warning(f'{model_name(model)}: {self._run.how}')
         self._made_for = self._kind()
         self._calibrated_on: Set[bytes] = set()
 
@@ -106,7 +112,7 @@ class EarlyExit:
     @property
     def compacts(self) -> bool:
         """Whether images that leave are spared the rest of the network."""
-        return self._run.compacts
+        return self._run.kind != 'whole'
 
     def _kind(self) -> Tuple[torch.device, torch.dtype]:
         like = next(self.model.parameters())
@@ -135,7 +141,7 @@ class EarlyExit:
         if self.model.training:
             with eval_mode(self.model):
                 return self.run(images)
-        if self._run.tied and self._made_for != self._kind():  # graphs hold what belongs to a device
+        if self._run.kind == 'graphs' and self._made_for != self._kind():
             self._run, self._made_for = choose_run(self.model), self._kind()
         rule, heads = self.rule, self.model.exit_heads
         here = torch.arange(len(images), device=images.device)
@@ -208,8 +214,9 @@ class EarlyExit:
             loader: Images (N, C, H, W) and labels (N,) that neither training nor testing has to do with.
             budget: Multiply-adds that an image may take in the mean, as a share of the plain network's. The most
                 accurate thresholds within it are chosen.
-            accuracy_drop: Percentage points of top-1 accuracy that may be lost against the deepest exit. The cheapest
-                thresholds that do so are chosen.
+            accuracy_drop: Percentage points of top-1 accuracy that may be lost against running everything to the end:
+                against the deepest exit, or with `ensemble` against all exits together. The cheapest thresholds that
+                do so are chosen.
             latency: Milliseconds that an image may take in the mean, on this machine and in batches as the loader's
                 first; chosen like a budget, from the time that each part of the network is measured to take.
 
@@ -220,10 +227,7 @@ class EarlyExit:
             ValueError: Not exactly one of the three is given, no thresholds reach it, there are no images, or some are
                 of classes that the network does not know. Nothing is changed then.
         """
-        aims = dict(budget=budget, accuracy_drop=accuracy_drop, latency=latency)
-        if sum(aim is not None for aim in aims.values()) != 1:
-            given = ', '.join(f'{name}={aim!r}' for name, aim in aims.items())
-            raise ValueError(f'{given}: expected exactly one of them.')
+        check_aim(budget, accuracy_drop, latency)  # before all the work
         seen: Set[bytes] = set()
         first: List[torch.Tensor] = []
 
@@ -233,6 +237,8 @@ class EarlyExit:
                 first[:] = first or [images]
                 seen.update(_digests(images))
                 yield images, target
+            if not first:
+                raise ValueError('There are no images.')
 
         device = self._kind()[0]
         logits, target = collect_logits(self.model, checked(), device)
@@ -243,7 +249,7 @@ class EarlyExit:
         else:
             costs = measure_costs(self.model, first[0].to(device))
         curve = exit_curve(rule, logits, target, costs)
-        point = choose_point(curve, budget if latency is None else latency, accuracy_drop)
+        point = choose_point(curve, budget, accuracy_drop, latency)
         self.rule = replace(rule, thresholds=point['thresholds'])
         self.model.early_exit = self.rule.settings()
         self._calibrated_on = seen
@@ -261,28 +267,30 @@ class EarlyExit:
             images that left at each exit.
 
         Raises:
-            ValueError: The thresholds were calibrated on some of these images, there are none, or some are of classes
-                that the network does not know.
+            ValueError: The thresholds were calibrated on these images (more than 1 % of them; public test sets do hold
+                images of their training sets), there are none, or some are of classes that the network does not know.
         """
         device = self._kind()[0]
         evaluator = ExitEvaluator(device)
         leaving = torch.zeros(self.rule.num_exits, dtype=torch.long)
         size: Tuple[int, ...] = ()
+        known = 0
         for images, target in loader:
             check_targets(target, self.rule.num_classes)
-            known = sum(digest in self._calibrated_on for digest in _digests(images))
-            if known:
-                raise ValueError(
-                    f'{known} of {len(images)} images in a batch are among those that the thresholds were chosen on: '
-                    f'measured on them they would look better than they are. Keep the two parts apart.'
-                )
+            known += sum(digest in self._calibrated_on for digest in _digests(images))
             out = self.run(images.to(device, non_blocking=True))
             evaluator.update(out.probabilities.log(), target.to(device, non_blocking=True))
             leaving += out.exit_index.cpu().bincount(minlength=len(leaving))
             size = tuple(images.shape[1:])
         if not size:
             raise ValueError('There are no images.')
-        shares = (leaving / leaving.sum()).tolist()
+        count = leaving.sum().item()
+        if known > 0.01 * count:
+            raise ValueError(
+                f'{known} of {count} images are among those that the thresholds were chosen on: measured on them these '
+                f'would look better than they are. Keep the two parts apart.'
+            )
+        shares = (leaving / count).tolist()
         costs = compute_costs(self.model, size).of(self.rule)
         return dict(evaluator.compute(), cost=sum(map(float.__mul__, shares, costs)), leaving=shares)
 

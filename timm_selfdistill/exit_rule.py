@@ -34,7 +34,8 @@ def surety(logits: torch.Tensor, criterion: str = 'confidence') -> torch.Tensor:
         first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
         return first - second
     if criterion == 'entropy':
-        return (logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+        lowest = -math.log(logits.shape[-1])  # which rounding may miss
+        return (logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).clamp(lowest, 0)
     raise ValueError(f'criterion={criterion!r}: expected confidence, margin or entropy.')
 
 

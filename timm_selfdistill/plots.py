@@ -1,6 +1,6 @@
 """The pictures of a run."""
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Sequence, Union
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple, Union
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 __all__ = [
-    'plot_accuracy_against_compute', 'plot_exit_bars', 'plot_generations', 'plot_gradient_sizes',
-    'plot_secondary_information', 'plot_weight_noise',
+    'plot_accuracy_against_compute', 'plot_early_exit', 'plot_exit_bars', 'plot_first_and_last', 'plot_generations',
+    'plot_gradient_sizes', 'plot_secondary_information', 'plot_weight_noise',
 ]
 
 _ENSEMBLE = 'tab:orange'
@@ -248,3 +248,103 @@ def plot_generations(rows: List[Dict[str, Any]], title: str, path: Union[str, Pa
         axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def plot_early_exit(
+        curves: Mapping[str, List[Dict[str, Any]]],
+        exits: List[Dict[str, Any]],
+        point: Dict[str, Any],
+        title: str,
+        path: Union[str, Path],
+        label: str = "share of the plain network's multiply-adds",
+) -> None:
+    """Draw accuracy over mean cost of early exit, and beside it at which exits images leave, as a PNG.
+
+    Args:
+        curves: By name the rows of a curve, see `calibration.measure_thresholds`; the right panel follows the first.
+            Up to three.
+        exits: Rows of the single exits, shallow to deep.
+        point: The row chosen.
+        title: Title of the picture.
+        path: File to write.
+        label: What the costs are, and their unit.
+    """
+    figure = Figure(figsize=(10, 4.4), layout='constrained')
+    left, right = figure.subplots(1, 2, width_ratios=(5, 4))
+    curves = {name: sorted(rows, key=lambda row: row['cost']) for name, rows in curves.items()}
+    for i, ((name, rows), colour) in enumerate(zip(curves.items(), ('tab:green', 'tab:orange', 'tab:purple'))):
+        left.plot(
+            [row['cost'] for row in rows], [row['top1'] for row in rows], '-' if i else '.-', label=name, color=colour,
+            linewidth=1.2, zorder=2 if i else 3,
+        )
+    names = [f'exit{i}' for i in range(len(exits))]
+    colours = _exit_colours(names)
+    for name, row in zip(names, exits):
+        left.plot(row['cost'], row['top1'], 'o', color=colours[name], markeredgecolor='black', zorder=4)
+        left.annotate(name, (row['cost'], row['top1']), xytext=(5, -11), textcoords='offset points', fontsize=8)
+    left.plot(
+        point['cost'], point['top1'], '*', color='tab:red', markersize=14, zorder=5,
+        label=f'chosen: {point["top1"]:.2f} % at {point["cost"]:.3g}',
+    )
+    left.margins(x=0.08, y=0.1)
+    left.set_ylabel('top-1 accuracy, %')
+    left.set_xlabel(label)
+    left.grid(alpha=0.3)
+    left.legend(loc='lower right', frameon=False, fontsize=8)
+    along = next(iter(curves.values()))
+    steps = [along[0]['cost'] + i / 8 * (along[-1]['cost'] - along[0]['cost']) for i in range(9)]
+    bars = [min(along, key=lambda row: abs(row['cost'] - step)) for step in steps]
+    bars = sorted({row['cost']: row for row in [*bars, point]}.values(), key=lambda row: row['cost'])
+    bottom = [0.] * len(bars)
+    for i, name in enumerate(names):
+        shares = [100 * row['leaving'][i] for row in bars]
+        right.bar(range(len(bars)), shares, 0.9, bottom, color=colours[name], label=name)
+        bottom = [low + share for low, share in zip(bottom, shares)]
+    right.set_xticks(range(len(bars)), [f'{row["cost"]:.3g}' for row in bars], fontsize=7)
+    for row, text in zip(bars, right.get_xticklabels()):
+        if row['cost'] == point['cost']:
+            text.set(color='tab:red', fontweight='bold')
+    right.set_ylim(0, 100)
+    right.set_ylabel('images that leave at an exit, %')
+    right.set_xlabel(f'{next(iter(curves))}, {label}')
+    right.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=len(names), frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def plot_first_and_last(
+        first: Sequence[Tuple[Any, str, str]],
+        last: Sequence[Tuple[Any, str, str]],
+        title: str,
+        path: Union[str, Path],
+) -> None:
+    """Draw the images that left a network first and last, as a PNG; those classified wrongly in red.
+
+    Over an image stands the class predicted; where that is wrong, the true one follows in brackets.
+
+    Args:
+        first: Image, a PIL image or an array (H, W, C) or (H, W), name of the class predicted, and of the true one.
+        last: The same of the images that left last.
+        title: Title of the picture.
+        path: File to write.
+    """
+    columns = 8
+    parts = {'left first': first, 'left last': last}
+    lines = {name: max(1, -(-len(images) // columns)) for name, images in parts.items()}
+    figure = Figure(figsize=(1.25 * columns, 1.5 * sum(lines.values()) + 0.8), layout='constrained')
+    figure.suptitle(title, fontsize=10)
+    for part, (name, images) in zip(figure.subfigures(2, 1, height_ratios=list(lines.values())), parts.items()):
+        part.suptitle(name, fontsize=10, fontweight='bold')
+        panels = part.subplots(lines[name], columns, squeeze=False).ravel()
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, (image, predicted, true) in zip(panels, images):
+            axes.imshow(image, cmap='gray', interpolation='nearest')
+            wrong = predicted != true
+            words = [_shorten(predicted), f'({_shorten(true)})'] if wrong else [_shorten(true)]
+            axes.set_title('\n'.join(words), fontsize=7, color='tab:red' if wrong else 'black', pad=2)
+    figure.savefig(path, dpi=150)
+
+
+def _shorten(name: str, most: int = 17) -> str:
+    return name if len(name) <= most else f'{name[:most - 1]}…'

@@ -1,0 +1,219 @@
+#!/usr/bin/env python
+"""Choose when images leave a trained network early: `python recipes/calibrate.py --checkpoint RUN --budget 0.5`."""
+import csv
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Literal, Optional, Tuple
+
+import torch
+import tyro
+from rich.console import Console
+
+from timm_selfdistill.calibration import Calibration, RunCosts, measure_thresholds, pareto, single_exits
+from timm_selfdistill.config import ConfigError
+from timm_selfdistill.data import DataError, ImageData
+from timm_selfdistill.early_exit import EarlyExit, EarlyExitOutput
+from timm_selfdistill.evaluation import EvaluationConfig, TrainedNetwork, open_network, print_rows
+from timm_selfdistill.exit_rule import ExitRule, surety
+from timm_selfdistill.launch import run_command
+from timm_selfdistill.metrics import collect_logits
+from timm_selfdistill.plots import plot_early_exit, plot_first_and_last
+
+SHEET = 16  # images that left first, and as many that left last
+
+
+@dataclasses.dataclass(kw_only=True)
+class CalibrateConfig(EvaluationConfig):
+    """Choose temperatures and thresholds of early exit on the validation part, and measure them on the test part.
+
+    Exactly one of --budget, --accuracy-drop and --latency says what for. The rule is written into the config.json of
+    the run, where timm_selfdistill.EarlyExit finds it.
+    """
+
+    checkpoint: str
+    """Folder of a run."""
+    budget: Optional[float] = None
+    """Multiply-adds that an image may take in the mean, as a share of the plain network's: 0.5 for a half."""
+    accuracy_drop: Optional[float] = None
+    """Percentage points of top-1 accuracy that may be lost against running everything to the end; with --ensemble that
+    is the ensemble of all exits, not the deepest one."""
+    latency: Optional[float] = None
+    """Milliseconds that an image may take in the mean on this machine."""
+    latency_batch_size: Optional[int] = None
+    """Images at a time when the latency is measured; --batch-size when None."""
+    criterion: Literal['confidence', 'margin', 'entropy', 'patience'] = 'confidence'
+    """What thresholds are compared with: the largest probability, by how much it exceeds the second, the entropy, or
+    how many exits in a row agree."""
+    ensemble: bool = False
+    """Let all exits passed so far decide together."""
+    output: Optional[Path] = None
+    """Folder for early_exit.csv and the pictures; the run's when None. Files of that name are replaced."""
+
+
+def aims(config: CalibrateConfig) -> List[str]:
+    """Return which of the settings that say what for are given."""
+    return [name for name in ('budget', 'accuracy_drop', 'latency') if getattr(config, name) is not None]
+
+
+def check_parts(data: ImageData, held_out_by_run: bool) -> None:
+    """Check that there are images to choose on that nothing was learned from, and others to measure on.
+
+    Raises:
+        DataError: There are none.
+    """
+    advice = 'Train with --val-fraction, or pass --data-dir with data that have a validation and a test part.'
+    if data.validation is None:
+        raise DataError(f'{data.name} has no validation part to choose on. {advice}')
+    if data.validation.origin == 'train' and not held_out_by_run:
+        raise DataError(f'{data.name} has no validation part of its own, and what is held out of its training part '
+                        f'the network may have learned from. {advice}')
+    if data.test is None:
+        raise DataError(f'{data.name} has no test part to measure on. {advice}')
+
+
+def calibrate(predictor: EarlyExit, network: TrainedNetwork, config: CalibrateConfig) -> Calibration:
+    """Choose the rule on the validation part."""
+    if config.latency is not None and config.latency_batch_size is not None:
+        network = dataclasses.replace(
+            network, config=dataclasses.replace(network.config, batch_size=config.latency_batch_size))
+    try:
+        return predictor.calibrate(
+            network.batches(network.data.validation), config.budget, config.accuracy_drop, config.latency)
+    except ValueError as e:
+        option, = aims(config)
+        raise ConfigError(f'--{option.replace("_", "-")}: {e}') from e
+
+
+@torch.no_grad()
+def run_early(predictor: EarlyExit, network: TrainedNetwork) -> EarlyExitOutput:
+    """Run the test part, each image as deep as it needs."""
+    outputs = [predictor.run(images.to(network.device)) for images, _ in network.batches(network.data.test)]
+    return EarlyExitOutput(*(
+        torch.cat([getattr(out, field.name).cpu() for out in outputs]) for field in dataclasses.fields(outputs[0])))
+
+
+def summarize(out: EarlyExitOutput, target: torch.Tensor, rule: ExitRule, costs: RunCosts) -> Dict[str, Any]:
+    """Return the row that `calibration.measure_thresholds` would give, of images that were run."""
+    leaving = (out.exit_index.bincount(minlength=rule.num_exits) / len(target)).tolist()
+    return dict(
+        cost=sum(share * cost for share, cost in zip(leaving, costs.of(rule))),
+        top1=100 * (out.logits.argmax(-1) == target).double().mean().item(),
+        leaving=leaving,
+    )
+
+
+def write_rule(rule: ExitRule, config_json: Path) -> None:
+    """Put a rule into the `config.json` from which timm builds the network; all else in it stays."""
+    content = json.loads(config_json.read_text(encoding='utf-8'))
+    content.setdefault('model_args', {})['early_exit'] = rule.settings()
+    with tempfile.TemporaryDirectory(dir=config_json.parent, prefix='.saving-') as beside:
+        written = Path(beside, config_json.name)
+        written.write_text(json.dumps(content, indent=2), encoding='utf-8')
+        os.replace(written, config_json)
+
+
+def write_curve(validation: List[Dict[str, Any]], test: List[Dict[str, Any]], path: Path) -> None:
+    """Write what every rule that was tried comes to on both parts, as CSV; thresholds are separated by blanks."""
+    with path.open('w', newline='', encoding='utf-8') as f:
+        writer = csv.writer(f)
+        writer.writerow(['family', 'thresholds', 'validation_cost', 'validation_top1', 'test_cost', 'test_top1'])
+        for row, tested in zip(validation, test):
+            thresholds = ' '.join('none' if t is None else repr(t) for t in row['thresholds'])
+            writer.writerow([
+                row['family'], thresholds, row['cost'], row['top1'], tested['cost'], tested['top1']])
+
+
+def first_and_last(
+        out: EarlyExitOutput,
+        target: torch.Tensor,
+        criterion: str,
+        data: ImageData,
+) -> Tuple[List[Any], List[Any]]:
+    """Return the test images that leave at the shallowest exit and are surest there, and those least sure at the end.
+
+    Each with the class predicted and the true one, as `plots.plot_first_and_last` takes them.
+    """
+    sure = surety(out.logits / out.temperatures[:, None], 'confidence' if criterion == 'patience' else criterion)
+    order = sure.argsort(descending=True)
+    order = order[out.exit_index[order].argsort(stable=True)].tolist()
+    predictions = out.logits.argmax(-1)
+    count = min(SHEET, len(order) // 2)
+
+    def name(label: int) -> str:  # a network may know more classes than the data
+        return data.label_names[label] if label < len(data.label_names or ()) else str(label)
+
+    def describe(rows: List[int]) -> List[Any]:
+        return [(data.test.image(row), name(int(predictions[row])), name(int(target[row]))) for row in rows]
+
+    return describe(order[:count]), describe(order[::-1][:count])
+
+
+def table_row(part: str, images: int, what: str, row: Dict[str, Any]) -> Dict[str, Any]:
+    leaving = {f'leave_at_exit{i}': f'{100 * share:.1f} %' for i, share in enumerate(row['leaving'])}
+    return dict(part=part, images=images, exit=what, top1=row['top1'], cost=row['cost'], **leaving)
+
+
+def main() -> None:
+    config = tyro.cli(CalibrateConfig)
+    if len(aims(config)) != 1:
+        raise ConfigError('--budget, --accuracy-drop, --latency: pass exactly one of them.')
+    if config.latency_batch_size is not None and config.latency is None:
+        raise ConfigError(f'--latency-batch-size {config.latency_batch_size}: is for --latency only.')
+    folder = Path(config.checkpoint.removeprefix('local-dir:'))
+    if not (folder / 'config.json').is_file():
+        raise ConfigError(f'--checkpoint {config.checkpoint}: expected the folder of a run, which the rule is written '
+                          f'into; there is no config.json.')
+    network = open_network(config.checkpoint, config)
+    model, data = network.model, network.data
+    check_parts(data, held_out_by_run=not (config.dataset or config.data_dir))
+    predictor = EarlyExit(model)
+    # whatever rule the run had before
+    predictor.rule = ExitRule(
+        model.num_exits, model.num_classes, criterion=config.criterion, ensemble=config.ensemble)
+    calibration = calibrate(predictor, network, config)
+    rule, costs = calibration.rule, calibration.costs
+
+    parts = dict(
+        validation=collect_logits(model, network.batches(data.validation), network.device),
+        test=collect_logits(model, network.batches(data.test), network.device),
+    )
+    out, target = run_early(predictor, network), parts['test'][1]
+    points = dict(validation=calibration.point, test=summarize(out, target, rule, costs))
+    alone = ExitRule(rule.num_exits, rule.num_classes)
+    rows, exits = [], {}
+    for part, logits in parts.items():
+        exits[part] = measure_thresholds(alone, single_exits(rule.num_exits), *logits, costs)
+        rows.append(table_row(part, len(logits[1]), 'early exit', points[part]))
+        rows += [table_row(part, len(logits[1]), f'exit{i} alone', row) for i, row in enumerate(exits[part])]
+    tried = [(row['family'], row['thresholds']) for row in calibration.curve]
+    tested = measure_thresholds(rule, tried, *parts['test'], costs)
+    best = {row['thresholds'] for row in pareto(calibration.curve)}
+
+    output = config.output or folder
+    output.mkdir(parents=True, exist_ok=True)
+    write_curve(calibration.curve, tested, output / 'early_exit.csv')
+    curves = {'early exit': [row for row in tested if row['thresholds'] in best]}
+    for family, name in (('budgeted', 'budgeted batch'), ('shared', 'one threshold for all exits')):
+        curves[name] = [row for row in tested if row['family'] == family]
+    title = f'{model.pretrained_cfg["architecture"]} on {data.name}'
+    unit = calibration.unit if calibration.unit != 'ms' else 'ms for one image'
+    on_test = f'{title}, test part ({len(data.test):,} images)'
+    plot_early_exit(
+        {name: curve for name, curve in curves.items() if curve}, exits['test'], points['test'],
+        f'{on_test}; chosen on the validation part', output / 'early_exit.png', unit)
+    plot_first_and_last(
+        *first_and_last(out, target, rule.criterion, data), f'{on_test}; wrong ones in red, the true class in brackets',
+        output / 'first_and_last.png')
+    write_rule(rule, folder / 'config.json')
+
+    console = Console(highlight=False)
+    print_rows(console, rows, f'{title}; cost is {unit}')
+    console.print(repr(predictor), soft_wrap=True, markup=False)
+    console.print(f'rule written to {folder / "config.json"}, the rest to {output}', soft_wrap=True, markup=False)
+
+
+if __name__ == '__main__':
+    run_command(main)
