@@ -1,5 +1,7 @@
 """A multi-exit network cut into graphs, one for each exit, which are run one after the other."""
+import contextlib
 import inspect
+import io
 import operator
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
@@ -31,7 +33,7 @@ class AllExits(nn.Module):
 
 
 def trace(module: nn.Module, inputs: Sequence[torch.Tensor], name: str) -> torch.export.ExportedProgram:
-    """Export a module for any number of images.
+    """Export a module for any number of images, without in-place operations.
 
     Args:
         module: What to export, in eval mode.
@@ -45,11 +47,14 @@ def trace(module: nn.Module, inputs: Sequence[torch.Tensor], name: str) -> torch
     shapes = tuple({0: batch} if tensor.ndim else None for tensor in inputs)
     variadic = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(module.forward).parameters.values())
     try:
-        with torch.no_grad():
-            return torch.export.export(
+        # where it fails torch prints all it has traced so far
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+            program = torch.export.export(
                 module, tuple(inputs), dynamic_shapes=(shapes,) if variadic else shapes, strict=False)
+            return program.run_decompositions({})
     except Exception as error:  # torch.export fails in many ways, all of which mean the same here
-        raise SplitError(f'{name} cannot be exported: {str(error).strip().splitlines()[0]}') from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SplitError(f'{name} cannot be exported: {reason}') from error
 
 
 def split_network(model: MultiExit, x: torch.Tensor) -> List[GraphModule]:
@@ -68,10 +73,10 @@ def split_network(model: MultiExit, x: torch.Tensor) -> List[GraphModule]:
         exit's logits (N, num_classes), followed by what it passes on, tensors (N, ...).
 
     Raises:
-        SplitError: The network cannot be exported for any number of images, or it mixes images.
+        SplitError: The network cannot be exported for any number of images, or it passes something on in which the
+            images cannot be told apart. That images are mixed within a part is not noticed here.
     """
-    # decomposed, as in-place operations would reach across the cuts
-    whole = trace(AllExits(model), (x,), model_name(model)).run_decompositions({}).module()
+    whole = trace(AllExits(model), (x,), model_name(model)).module()
     return _Splitter(whole, model_name(model)).split()
 
 
