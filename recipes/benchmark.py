@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Compare speed and size: `python recipes/benchmark.py` at inference, `python recipes/benchmark.py train` in training.
+"""Compare speed and size: `python recipes/benchmark.py` at inference, `python recipes/benchmark.py train` in training,
+`python recipes/benchmark.py latency` with images that leave early.
 
 Machines are noisy, so every figure is a ratio: what is compared runs in turn in the same process, again and again, and
 the median of the ratios and their spread are told.
@@ -17,6 +18,8 @@ import timm
 import torch
 import torch.nn as nn
 import tyro
+from benchmark_latency import LatencyBenchmarkConfig
+from benchmark_latency import run_benchmark as run_latency
 from benchmark_train import TrainBenchmarkConfig, run_benchmark
 from rich.console import Console
 from rich.table import Table
@@ -152,11 +155,14 @@ def inference(config: BenchmarkConfig, console: Console) -> Dict[str, Any]:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    kinds = dict(inference=BenchmarkConfig, train=TrainBenchmarkConfig)
+    kinds = dict(inference=BenchmarkConfig, train=TrainBenchmarkConfig, latency=LatencyBenchmarkConfig)
     if not {*arguments} & {*kinds, '-h', '--help'}:
         arguments = ['inference', *arguments]
     config = tyro.extras.subcommand_cli_from_dict(kinds, args=arguments, description=__doc__)
     console = Console(width=None if sys.stdout.isatty() else 110)
+    if isinstance(config, LatencyBenchmarkConfig):
+        run_latency(config, compare, console)
+        return
     training = isinstance(config, TrainBenchmarkConfig)
     figures = (train if training else inference)(config, console)
     if config.output:

@@ -19,6 +19,7 @@ from rich.table import Table
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.hub import save_model
 from timm_selfdistill.loaders import Loaders
+from timm_selfdistill.metrics import device_time
 from timm_selfdistill.run import Run
 from timm_selfdistill.trainer import create_accelerator
 
@@ -75,13 +76,6 @@ def _open(
     return run
 
 
-def _wait(device: torch.device) -> float:
-    """Return the time at which the device has done all that it was told."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def _endless(run: Run) -> Iterator[Batch]:
     for epoch in itertools.count():
         run.loader.batch_sampler.set_epoch(epoch)
@@ -90,38 +84,38 @@ def _endless(run: Run) -> Iterator[Batch]:
 
 def _parts(run: Run, batches: Iterator[Batch]) -> Dict[str, float]:
     """Take a step, waiting for the device after each of its parts; return their seconds."""
-    marks = [_wait(run.device)]
+    marks = [device_time(run.device)]
     images, target = next(batches)
-    marks.append(_wait(run.device))
+    marks.append(device_time(run.device))
     with run.accelerator.autocast():
         loss = run.task(images, target)['loss']
-    marks.append(_wait(run.device))
+    marks.append(device_time(run.device))
     run.accelerator.backward(loss)
-    marks.append(_wait(run.device))
+    marks.append(device_time(run.device))
     run.optimizer.step()
     run.optimizer.zero_grad()
-    marks.append(_wait(run.device))
+    marks.append(device_time(run.device))
     return dict(zip(('data', 'forward', 'backward', 'optimizer'), (b - a for a, b in itertools.pairwise(marks))))
 
 
 def _step(run: Run, batches: Iterator[Batch], steps: int) -> float:
     """Return the seconds that a step of the trainer takes, data included."""
-    started = _wait(run.device)
+    started = device_time(run.device)
     for _ in range(steps):
         run.train_batch(*next(batches))
-    return (_wait(run.device) - started) / steps
+    return (device_time(run.device) - started) / steps
 
 
 def _bare_step(run: Run, batches: List[Batch], optimizer: torch.optim.Optimizer) -> float:
     """Return the seconds of a step as one would write it without a trainer."""
-    started = _wait(run.device)
+    started = device_time(run.device)
     for images, target in batches:
         with run.accelerator.autocast():
             loss = run.task(images, target)['loss']
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return (_wait(run.device) - started) / len(batches)
+    return (device_time(run.device) - started) / len(batches)
 
 
 class _Given:
@@ -144,9 +138,9 @@ class _Given:
 def _loop_step(run: Run) -> float:
     """Return the seconds of a step of the trainer's whole loop."""
     run.step = 0
-    started = _wait(run.device)
+    started = device_time(run.device)
     run.train_epoch()
-    return (_wait(run.device) - started) / len(run.loader)
+    return (device_time(run.device) - started) / len(run.loader)
 
 
 def _epoch(loader: Any) -> float:
@@ -155,7 +149,7 @@ def _epoch(loader: Any) -> float:
     started, count = time.perf_counter(), 0
     for images, _ in loader:
         count += len(images)
-    return (_wait(images.device) - started) / count
+    return (device_time(images.device) - started) / count
 
 
 def _peak(config: TrainBenchmarkConfig, method: str, folder: Path) -> Optional[int]:

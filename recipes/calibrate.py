@@ -14,9 +14,9 @@ from rich.console import Console
 
 from timm_selfdistill.calibration import Calibration, RunCosts, measure_thresholds, pareto, single_exits
 from timm_selfdistill.config import ConfigError
-from timm_selfdistill.data import DataError, ImageData
+from timm_selfdistill.data import ImageData
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitOutput
-from timm_selfdistill.evaluation import EvaluationConfig, TrainedNetwork, open_network, print_rows
+from timm_selfdistill.evaluation import EvaluationConfig, TrainedNetwork, check_held_out, open_network, print_rows
 from timm_selfdistill.exit_rule import ExitRule, surety
 from timm_selfdistill.launch import run_command
 from timm_selfdistill.metrics import collect_logits
@@ -56,22 +56,6 @@ class CalibrateConfig(EvaluationConfig):
 def aims(config: CalibrateConfig) -> List[str]:
     """Return which of the settings that say what for are given."""
     return [name for name in ('budget', 'accuracy_drop', 'latency') if getattr(config, name) is not None]
-
-
-def check_parts(data: ImageData, held_out_by_run: bool) -> None:
-    """Check that there are images to choose on that nothing was learned from, and others to measure on.
-
-    Raises:
-        DataError: There are none.
-    """
-    advice = 'Train with --val-fraction, or pass --data-dir with data that have a validation and a test part.'
-    if data.validation is None:
-        raise DataError(f'{data.name} has no validation part to choose on. {advice}')
-    if data.validation.origin == 'train' and not held_out_by_run:
-        raise DataError(f'{data.name} has no validation part of its own, and what is held out of its training part '
-                        f'the network may have learned from. {advice}')
-    if data.test is None:
-        raise DataError(f'{data.name} has no test part to measure on. {advice}')
 
 
 def calibrate(predictor: EarlyExit, network: TrainedNetwork, config: CalibrateConfig) -> Calibration:
@@ -168,7 +152,7 @@ def main() -> None:
                           f'into; there is no config.json.')
     network = open_network(config.checkpoint, config)
     model, data = network.model, network.data
-    check_parts(data, held_out_by_run=not (config.dataset or config.data_dir))
+    check_held_out(network)
     predictor = EarlyExit(model)
     # whatever rule the run had before
     predictor.rule = ExitRule(

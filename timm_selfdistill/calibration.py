@@ -1,6 +1,5 @@
 """Choosing on held-out images when to leave a multi-exit network."""
 import math
-import time
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from numbers import Real
@@ -13,7 +12,7 @@ from timm.models import get_model_input_config
 
 from .exit_rule import ExitRule
 from .heads import ExitHead, chain_logits
-from .metrics import eval_mode
+from .metrics import device_time, eval_mode
 from .multi_exit import MultiExit
 from .stages import count_macs, meta_copy, take_taps
 
@@ -185,19 +184,12 @@ def measure_costs(model: MultiExit, images: torch.Tensor, rounds: int = 15) -> R
         seconds: List[List[float]] = [[] for _ in calls]
         for turn in range(rounds + 2):
             for call, taken in zip(calls, seconds):
-                start = _time(images)
+                start = device_time(images.device)
                 call()
                 if turn > 1:  # the first ones choose algorithms and allocate memory
-                    taken.append(_time(images) - start)
+                    taken.append(device_time(images.device) - start)
     ms = [1000 * median(taken) / len(images) for taken in seconds]
     return RunCosts(tuple(_sections(ms[:model.num_exits])), (*ms[model.num_exits:], 0.), MS, _is_chained(model))
-
-
-def _time(images: torch.Tensor) -> float:
-    """Return the time at which the device of the images has done all that it was told."""
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return time.perf_counter()
 
 
 # -- accuracy over cost -----------------------------------------------------------------------------------------------

@@ -144,34 +144,33 @@ class EarlyExit:
         if self._run.kind == 'graphs' and self._made_for != self._kind():
             self._run, self._made_for = choose_run(self.model), self._kind()
         rule, heads = self.rule, self.model.exit_heads
-        here = torch.arange(len(images), device=images.device)
+        here: Optional[torch.Tensor] = None  # rows of the images that are still in the batch, None for all
         memory: Dict[str, torch.Tensor] = {}
-        left: List[Tuple[int, torch.Tensor, torch.Tensor]] = []
+        taken = exits = None
 
         def at_exit(number: int, logits: torch.Tensor) -> Optional[torch.Tensor]:
-            nonlocal here, memory
+            nonlocal here, memory, taken, exits
             decided, sure, memory = rule.judge(number, logits, memory)
+            # what images that go on are given here a later exit overwrites, which costs less than to sort them out
+            if here is None:
+                taken, exits = decided, torch.full(decided.shape[:1], number, device=decided.device)
+            else:
+                taken[here], exits[here] = decided, number
             if number == rule.num_exits - 1:
-                left.append((number, here, decided))
                 return None
-            leaves = sure >= rule.level(number)
-            rows = leaves.logical_not().nonzero().squeeze(1)
-            if len(rows) == len(here):
+            rows = (sure >= rule.level(number)).logical_not().nonzero().squeeze(1)
+            if len(rows) == len(sure):
                 return None
-            gone = leaves.nonzero().squeeze(1)
-            left.append((number, here[gone], decided[gone]))
-            here, memory = here[rows], {name: value[rows] for name, value in memory.items()}
+            here = rows if here is None else here[rows]
+            memory = {name: value[rows] for name, value in memory.items()}
             return rows
 
         # a head whose logits the next one takes runs in any case
         wanted = [rule.asks(i) or any(h.takes_logits for h in heads[i + 1:]) for i in range(rule.num_exits)]
         self._run(images, at_exit, wanted)
-        order = torch.cat([rows for _, rows, _ in left]).argsort()
-        logits = torch.cat([decided for _, _, decided in left])[order]
-        exits = torch.cat([torch.full_like(rows, number) for number, rows, _ in left])[order]
-        if logits.isnan().any():
-            self._explain_nan(images, logits)
-        return EarlyExitOutput(logits, exits, logits.new_tensor(rule.temperatures)[exits])
+        if taken.isnan().any():
+            self._explain_nan(images, taken)
+        return EarlyExitOutput(taken, exits, taken.new_tensor(rule.temperatures)[exits])
 
     def _explain_nan(self, images: torch.Tensor, logits: torch.Tensor) -> None:
         for what, tensor in (('images', images), ('logits', logits)):

@@ -20,8 +20,8 @@ from .hub import load_checkpoint
 from .multi_exit import MultiExit
 
 __all__ = [
-    'EvaluationConfig', 'SplitConfig', 'TrainedNetwork', 'choose_split', 'list_checkpoints', 'open_network',
-    'print_rows', 'short_names', 'subset',
+    'EvaluationConfig', 'SplitConfig', 'TrainedNetwork', 'check_held_out', 'choose_split', 'list_checkpoints',
+    'open_network', 'print_rows', 'short_names', 'subset',
 ]
 
 
@@ -125,6 +125,25 @@ def choose_split(data: ImageData, split: Optional[str] = None) -> str:
     if split not in parts:
         raise DataError(f'--split {split}: {data.name} has only the parts {", ".join(parts)}.')
     return split
+
+
+def check_held_out(network: TrainedNetwork) -> None:
+    """Check that there are images to choose thresholds on that the network did not learn from, and others to measure on.
+
+    Raises:
+        DataError: There are none.
+    """
+    data, config = network.data, network.config
+    advice = 'Train with --val-fraction, or pass --data-dir with data that have a validation and a test part.'
+    if data.validation is None:
+        raise DataError(f'{data.name} has no validation part to choose on. {advice}')
+    if data.validation.origin == 'train' and (config.dataset or config.data_dir):
+        raise DataError(
+            f'{data.name} has no validation part of its own, and what is held out of its training part the network may '
+            f'have learned from. {advice}'
+        )
+    if data.test is None:
+        raise DataError(f'{data.name} has no test part to measure on. {advice}')
 
 
 def subset(split: ImageSplit, images: Optional[int], seed: int = 0) -> ImageSplit:

@@ -1,5 +1,6 @@
 """What each exit is worth and what it costs."""
 import math
+import time
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,8 +17,8 @@ from .multi_exit import MultiExit
 from .stages import count_macs, meta_copy
 
 __all__ = [
-    'ExitCost', 'ExitEvaluator', 'collect_features', 'collect_logits', 'ensemble_logits', 'eval_mode',
-    'evaluate_exits', 'exit_costs', 'exit_names', 'exit_table', 'learn_ensemble',
+    'ExitCost', 'ExitEvaluator', 'collect_features', 'collect_logits', 'device_time', 'ensemble_logits',
+    'eval_mode', 'evaluate_exits', 'exit_costs', 'exit_names', 'exit_table', 'learn_ensemble',
 ]
 
 
@@ -146,6 +147,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(modes[model])  # some modules drop what they keep for evaluation when they are told, so tell them
         for module, training in modes.items():
             module.training = training
+
+
+def device_time(device: torch.device) -> float:
+    """Return the time, in seconds, at which a device has done all that it was told."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @torch.no_grad()
