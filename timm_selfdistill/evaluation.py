@@ -128,7 +128,7 @@ def choose_split(data: ImageData, split: Optional[str] = None) -> str:
 
 
 def check_held_out(network: TrainedNetwork) -> None:
-    """Check that there are images to choose thresholds on that the network did not learn from, and others to measure on.
+    """Check that there are images to choose on that nothing was learned from, and others to measure on.
 
     Raises:
         DataError: There are none.
