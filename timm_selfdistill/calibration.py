@@ -8,13 +8,12 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 
 import torch
 import torch.nn.functional as F
-from timm.models import get_model_input_config
 
 from .exit_rule import ExitRule
 from .heads import ExitHead, chain_logits
 from .metrics import device_time, eval_mode
 from .multi_exit import MultiExit
-from .stages import count_macs, meta_copy, take_taps
+from .stages import count_macs, meta_probe, take_taps
 
 __all__ = [
     'MS', 'SHARE', 'Calibration', 'Candidate', 'RunCosts', 'check_aim', 'check_targets', 'choose_point',
@@ -136,9 +135,7 @@ def compute_costs(model: MultiExit, input_size: Optional[Tuple[int, int, int]] =
         model: The network.
         input_size: Channels, height and width of an image; what the model was built for when None.
     """
-    probe = meta_copy(model)
-    size = input_size or get_model_input_config(model)['input_size']
-    x = torch.empty((1, *size), device='meta', dtype=next(probe.parameters()).dtype)
+    probe, x = meta_probe(model, input_size)
     full, _ = count_macs(probe, x)
     upto, heads, taps = [], [], []
     for number in range(len(probe.exits)):

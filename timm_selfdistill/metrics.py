@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models import get_model_input_config
 from timm.task import ClassificationEvaluator
 
 from .multi_exit import MultiExit
-from .stages import count_macs, meta_copy
+from .stages import count_macs, meta_probe
 
 __all__ = [
     'ExitCost', 'ExitEvaluator', 'collect_features', 'collect_logits', 'device_time', 'ensemble_logits',
@@ -257,9 +256,7 @@ def exit_costs(
         model: The network.
         input_size: Channels, height and width of an image; what the model was built for when None.
     """
-    probe = meta_copy(model)
-    size = input_size or get_model_input_config(model)['input_size']
-    x = torch.empty((1, *size), device='meta', dtype=next(probe.parameters()).dtype)
+    probe, x = meta_probe(model, input_size)
     full, _ = count_macs(probe, x)
     costs = OrderedDict()
     networks: List[Tuple[nn.Module, Any]] = [(net, net) for net in map(probe.truncate, range(model.num_exits))]

@@ -23,6 +23,7 @@ __all__ = [
     'feature_dicts',
     'find_stages',
     'meta_copy',
+    'meta_probe',
     'take_taps',
 ]
 
@@ -90,6 +91,21 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for b in model.buffers():
         tensors[id(b)] = torch.empty_like(b, device='meta')
     return copy_model(model, tensors).to('meta').eval()
+
+
+def meta_probe(
+        model: nn.Module,
+        input_size: Optional[Tuple[int, int, int]] = None,
+) -> Tuple[nn.Module, torch.Tensor]:
+    """Return a copy of a model and an image (1, C, H, W) for it, both on the meta device.
+
+    Args:
+        model: A timm model.
+        input_size: Channels, height and width of the image; what the model was built for when None.
+    """
+    probe = meta_copy(model)
+    size = input_size or get_model_input_config(model)['input_size']
+    return probe, torch.empty((1, *size), device='meta', dtype=next(probe.parameters()).dtype)
 
 
 def count_macs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Tuple[int, Any]:
