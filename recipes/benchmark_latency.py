@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from timm.data import resolve_data_config
 
-from timm_selfdistill.calibration import choose_point, compute_costs
+from timm_selfdistill.calibration import choose_point, compute_costs, measure_costs, single_exits
 from timm_selfdistill.config import ConfigError
 from timm_selfdistill.early_exit import EarlyExit
 from timm_selfdistill.evaluation import (
@@ -27,9 +27,10 @@ from timm_selfdistill.evaluation import (
 )
 from timm_selfdistill.exit_rule import ExitRule
 from timm_selfdistill.hub import load_network
-from timm_selfdistill.metrics import device_time, exit_costs, exit_names
+from timm_selfdistill.metrics import device_time, exit_names
 from timm_selfdistill.multi_exit import MultiExit
-from timm_selfdistill.stages import copy_model, count_macs, meta_copy
+from timm_selfdistill.run import keep_freed_memory
+from timm_selfdistill.stages import copy_model, count_macs, meta_probe
 
 TOLERATED = 0.01  # share of images that rounding may send another way: convolutions round by the size of their batch
 
@@ -64,6 +65,8 @@ class LatencyBenchmarkConfig(EvaluationConfig):
     """
     rounds: int = 7
     """Times that everything is compared."""
+    channels_last: bool = True
+    """Let all networks run with channels last in memory, as they were trained."""
     output: Optional[Path] = None
     """Write the figures to this CSV file, and a picture beside it."""
 
@@ -91,29 +94,29 @@ class Contender:
         read: Takes from what `run` returned the logits (N, num_classes) and the number of the exit of each image (N,).
         expect: Says what should come of it, given the logits of every exit and the size of the batches; None where
             nothing is known.
-        costs: Multiply-adds of an image that leaves at each exit, as shares of the plain network's.
-        rule: When images leave.
+        rule: When images leave, and so which parts of the network run; None for another network.
+        share: Multiply-adds of the other network, as a share of the plain network's.
     """
     name: str
     group: str
     run: Callable[[torch.Tensor], Any]
     read: Callable[[Any], Outcome]
     expect: Optional[Callable[[List[torch.Tensor], int], Outcome]]
-    costs: Sequence[float]
     rule: Optional[ExitRule] = None
+    share: Optional[float] = None
 
 
 def _at(number: int, logits: torch.Tensor) -> Outcome:
     return logits, torch.full(logits.shape[:1], number, device=logits.device)
 
 
-def truncated(name: str, group: str, network: nn.Module, number: int, costs: Sequence[float]) -> Contender:
-    """A network that ends at one exit."""
+def truncated(name: str, group: str, network: nn.Module, number: int, rule: ExitRule) -> Contender:
+    """A network that ends at one exit, as if by a rule all images left there."""
     return Contender(
-        name, group, network, lambda out: _at(number, out), lambda logits, size: _at(number, logits[number]), costs)
+        name, group, network, lambda out: _at(number, out), lambda logits, size: _at(number, logits[number]), rule)
 
 
-def early_exit(name: str, predictor: EarlyExit, rule: ExitRule, costs: Sequence[float]) -> Contender:
+def early_exit(name: str, predictor: EarlyExit, rule: ExitRule) -> Contender:
     """EarlyExit with another rule."""
     predictor = copy.copy(predictor)  # probing how images leave takes seconds, so that is shared
     predictor.rule = rule
@@ -122,7 +125,7 @@ def early_exit(name: str, predictor: EarlyExit, rule: ExitRule, costs: Sequence[
         return out.logits, out.exit_index
 
     return Contender(
-        name, 'early exit', predictor.run, read, lambda logits, size: read(predictor.simulate(logits)), costs, rule)
+        name, 'early exit', predictor.run, read, lambda logits, size: read(predictor.simulate(logits)), rule)
 
 
 def earlyon(
@@ -130,7 +133,6 @@ def earlyon(
         predictor: EarlyExit,
         rule: ExitRule,
         input_size: Tuple[int, int, int],
-        costs: Sequence[float],
 ) -> Contender:
     """The package earlyon with the same network, heads, temperatures and thresholds.
 
@@ -172,7 +174,7 @@ def earlyon(
         exits = sure.unflatten(1, (-1, size)).all(2).int().argmax(0).repeat_interleave(size)
         return torch.stack(logits)[exits, torch.arange(len(exits), device=exits.device)], exits
 
-    return Contender(name, 'earlyon', run, read, expect, costs, rule)
+    return Contender(name, 'earlyon', run, read, expect, rule)
 
 
 def open_static(checkpoint: str, network: TrainedNetwork) -> nn.Module:
@@ -225,28 +227,31 @@ def list_contenders(network: TrainedNetwork, config: LatencyBenchmarkConfig) -> 
     static = None if config.static is None else open_static(config.static, network)
     predictor = EarlyExit(model, thresholds=1.)  # its own rule, if it has one, is of no account
     rules = choose_rules(predictor, network, config)
-    parts, whole = compute_costs(model, size), exit_costs(model, size)
     names, last = exit_names(model)[:-1], model.num_exits - 1
-    shares = [whole[name].share for name in names]
+    alone = [ExitRule(model.num_exits, model.num_classes, thresholds) for _, thresholds in single_exits(last + 1)]
     contenders = [
-        truncated('plain', 'plain network', model.truncate(last), last, shares),
+        truncated('plain', 'plain network', model.truncate(last), last, alone[last]),
         Contender(
             'all exits', 'all exits', model.forward_exits, lambda out: _at(last, out[-1]),
-            lambda logits, size: _at(last, logits[-1]), [whole['ensemble'].share] * (last + 1)),
+            lambda logits, size: _at(last, logits[-1]), rules['never']),
     ]
     contenders += [
-        truncated(f'only {name}', 'truncated', model.truncate(i), i, shares) for i, name in enumerate(names[:-1])]
-    contenders += [early_exit(f'early exit, {name}', predictor, rule, parts.of(rule)) for name, rule in rules.items()]
+        truncated(f'only {name}', 'truncated', model.truncate(i), i, alone[i]) for i, name in enumerate(names[:-1])]
+    contenders += [early_exit(f'early exit, {name}', predictor, rule) for name, rule in rules.items()]
     if config.earlyon:
         contenders += [
-            earlyon(f'earlyon, {name}', predictor, rule, size, parts.of(rule))
+            earlyon(f'earlyon, {name}', predictor, rule, size)
             for name, rule in rules.items() if name not in ('none', 'never')]
     if static is not None:
-        macs, _ = count_macs(meta_copy(static), torch.empty(1, *size, device='meta'))
-        share = macs / whole[names[-1]].macs
-        contenders.append(Contender(
-            'static', 'static network', static, lambda out: _at(last, out), None, [share] * (last + 1)))
+        share = plain_macs(static, size) / plain_macs(model, size)
+        contenders.append(
+            Contender('static', 'static network', static, lambda out: _at(last, out), None, share=share))
     return contenders
+
+
+def plain_macs(model: nn.Module, input_size: Tuple[int, int, int]) -> int:
+    """Count the multiply-adds of a forward pass of one image."""
+    return count_macs(*meta_probe(model, input_size))[0]
 
 
 def load_images(network: TrainedNetwork, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -291,6 +296,10 @@ def measure(
 ) -> List[Dict[str, Any]]:
     """Time everything with batches of one size; return a row for each.
 
+    How fast it should be is told twice: by multiply-adds, and by the time that the parts of the network take by
+    themselves. The first includes that some multiply-adds take longer than others, the second is the price of letting
+    images leave alone.
+
     Args:
         contenders: What to time, the plain network first.
         model: The multi-exit network.
@@ -321,10 +330,17 @@ def measure(
         return end - first
 
     figures = compare([lambda c=c, t=t: run_all(c, t) for c, t in zip(contenders, latencies)], rounds)
+    shares = compute_costs(model, tuple(images.shape[1:]))
+    parts = measure_costs(model, batches[0], 2 * rounds)
     rows = []
     for contender, (decided, exits), differ, taken, times in zip(contenders, outcomes, differing, latencies, figures):
         left = exits.bincount(minlength=model.num_exits).tolist()
-        cost = sum(n * c for n, c in zip(left, contender.costs)) / count
+        cost, time = contender.share, None
+        if contender.rule is not None:
+            cost, time = (
+                sum(n * c for n, c in zip(left, costs.of(contender.rule))) / (count * sum(costs.sections))
+                for costs in (shares, parts)
+            )
         p50, p95 = np.percentile(taken, (50, 95))
         speed_up = 1 / times.get('ratio', 1)
         rows.append(dict(
@@ -343,9 +359,12 @@ def measure(
             predicted_speed_up=1 / cost,
             speed_up=speed_up,
             achieved=speed_up * cost,
+            predicted_by_time=time and 1 / time,
+            achieved_by_time=time and speed_up * time,
             **{f'left_at_exit{i}': n if contender.expect else None for i, n in enumerate(left)},
             differing=differ,
-            thresholds=contender.rule and ' '.join('none' if t is None else repr(t) for t in contender.rule.thresholds),
+            thresholds=' '.join('none' if t is None else repr(t) for t in contender.rule.thresholds)
+            if contender.group in ('early exit', 'earlyon') else None,
         ))
     return rows
 
@@ -365,10 +384,10 @@ def render(rows: List[Dict[str, Any]], title: str, console: Console) -> None:
             p95_ms=row['p95_ms'],
             time=f'{row["time_ratio"]:.3f}',
             middle_half='' if low is None else f'{low:.3f}-{high:.3f}',
-            MACs=f'{row["cost"]:.3f}',
             speed_up=f'{row["speed_up"]:.2f}',
             by_MACs=f'{row["predicted_speed_up"]:.2f}',
             achieved=f'{100 * row["achieved"]:.0f} %',
+            of_parts=row['achieved_by_time'] and f'{100 * row["achieved_by_time"]:.0f} %',
             **{'left_at_exits_%': '/'.join(f'{100 * n / row["images"]:.0f}' for n in left)},
         ))
     print_rows(console, lines, title)
@@ -433,12 +452,17 @@ def run_benchmark(config: LatencyBenchmarkConfig, compare: Callable, console: Co
     network = open_network(config.checkpoint, config)
     model, data, device = network.model, network.data, network.device
     check_held_out(network)
+    keep_freed_memory()
     most = min(config.images, len(data.test))
     if max(config.batch_sizes) > most:
         raise ConfigError(f'--batch-sizes {max(config.batch_sizes)}: expected {most} at most, the images of the test '
                           f'part that --images {config.images} takes.')
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
     contenders = list_contenders(network, config)
     images, target = load_images(network, config.images)
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
     machine = dict(
         model=model.pretrained_cfg['architecture'],
         dataset=data.name,
@@ -446,6 +470,7 @@ def run_benchmark(config: LatencyBenchmarkConfig, compare: Callable, console: Co
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         threads=torch.get_num_threads(),
         dtype=str(images.dtype).removeprefix('torch.'),
+        channels_last=config.channels_last,
         torch=torch.__version__,
     )
     title = f'{machine["model"]} on {data.name}, {machine["device"]}, {machine["threads"]} CPU threads'

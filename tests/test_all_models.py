@@ -1,6 +1,7 @@
 """Every name of timm gets exits. One model of every class is run for real, all others on the meta device."""
 import csv
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -18,19 +19,12 @@ from timm_selfdistill.tasks import SelfDistillationModule
 RECIPES = Path(__file__).parents[1] / 'recipes'
 TABLE = {row['name']: row for row in csv.DictReader(open(RECIPES / 'results' / 'timm_sweep.csv', newline=''))}
 
+SWEEP = runpy.run_path(str(RECIPES / 'sweep_early_exit.py'))
+smallest_of_each_class = SWEEP['smallest_of_each_class']
+
 # Branches that run side by side feed each other: a cut leaves layers that run although the exit needs them not. And
 # EfficientViM keeps the four weights of its heads in the network itself.
 SPARE_PARAMETERS = {'CrossVit', 'EfficientViM', 'EfficientViMDistilled', 'HighResolutionNet'}
-
-
-def smallest_of_each_class():
-    """Names of timm models, one for every class."""
-    smallest = {}
-    for row in TABLE.values():
-        best = smallest.setdefault(row['class'], row)
-        if int(row['params']) < int(best['params']):
-            smallest[row['class']] = row
-    return sorted(row['name'] for row in smallest.values())
 
 
 class CheapRandom(TorchFunctionMode):
@@ -115,6 +109,26 @@ def test_one_model_of_every_class(name):
             loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
         assert loaded.exits == model.exits
         assert all(torch.equal(a, b) for a, b in zip(loaded.forward_exits(x), model.forward_exits(x)))
+
+
+EARLY_EXIT = {
+    row['name']: row for row in csv.DictReader(open(RECIPES / 'results' / 'early_exit_sweep.csv', newline=''))}
+
+
+def test_the_table_of_early_exit_has_every_class():
+    assert set(EARLY_EXIT) == set(smallest_of_each_class())
+    assert sum(row['kind'] == 'whole' for row in EARLY_EXIT.values()) <= 2
+    assert all(float(row['largest_difference']) < 1e-4 for row in EARLY_EXIT.values())
+
+
+@pytest.mark.parametrize('name', [
+    *(pytest.param(name, marks=pytest.mark.slow) for name in smallest_of_each_class()[4::16]),
+    *(pytest.param(name, marks=pytest.mark.sweep) for name in smallest_of_each_class()),
+])
+def test_images_leave_as_the_table_says(name):
+    row = SWEEP['probe'](name)
+    assert (row['kind'], row['how']) == (EARLY_EXIT[name]['kind'], EARLY_EXIT[name]['how'])
+    assert float(row['largest_difference']) < 1e-4
 
 
 def sweep(tmp_path, *arguments):

@@ -67,7 +67,7 @@ def test_the_figures_of_a_contender_fit_together(run, benchmark):
         assert row['rounds'] == '2' and row['torch'] == torch.__version__ and int(row['threads']) > 0
         left = [row[f'left_at_exit{i}'] for i in range(3)]
         if row['contender'] == 'static':
-            assert left == [''] * 3 and row['differing'] == ''
+            assert left == [''] * 3 and row['differing'] == row['achieved_by_time'] == ''
             continue
         assert sum(map(int, left)) == int(row['images'])
         assert int(row['differing']) <= 1
@@ -77,8 +77,9 @@ def test_the_figures_of_a_contender_fit_together(run, benchmark):
         assert figures['time_ratio'] * figures['speed_up'] == pytest.approx(1)
         assert figures['cost'] * figures['predicted_speed_up'] == pytest.approx(1)
         assert float(row['achieved']) == pytest.approx(figures['speed_up'] / figures['predicted_speed_up'])
+        assert float(row['achieved_by_time']) * float(row['predicted_by_time']) == pytest.approx(figures['speed_up'])
     cost = {name: float(row['cost']) for name, row in by_name.items()}
-    assert cost['plain'] == cost['static'] == cost['early exit, none'] == 1
+    assert [cost[name] for name in ('plain', 'static', 'early exit, none')] == pytest.approx([1, 1, 1])
     assert cost['all exits'] == pytest.approx(cost['early exit, never']) == pytest.approx(costs['ensemble'].share)
     for i in range(2):
         assert cost[f'only exit{i}'] == pytest.approx(costs[f'exit{i}'].share)

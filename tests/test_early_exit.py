@@ -116,6 +116,13 @@ def test_an_exit_that_nothing_leaves_at_is_passed_by(model, images, exits):
     assert 'exit 0: never' in repr(predictor)
 
 
+def test_a_network_without_auxiliary_exits_is_left_at_its_end(images):
+    model = timm.create_model('test_resnet_sd', num_classes=5, exits=()).eval()
+    out = EarlyExit(model, 0.5)(images)
+    with torch.no_grad():
+        assert torch.equal(out.logits, model(images)) and out.exit_index.eq(0).all()
+
+
 def test_the_order_of_images_does_not_matter(model, images, exits):
     predictor = EarlyExit(model, halfway(model, exits, 'confidence'))
     order = torch.randperm(len(images))

@@ -309,6 +309,8 @@ def choose_run(model: MultiExit) -> CompactingRun:
     Args:
         model: The network, in eval mode.
     """
+    if not model.exits:
+        return _HookedRun(model, [])
     like = next(model.parameters())
     count = max(3, model.num_exits)
     with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):

@@ -34,7 +34,7 @@ from .signals import Preempted, StopSignals
 from .state import is_sharded, put_back, take, whole_weights
 from .trackers import check_trackers
 
-__all__ = ['Run', 'use_all_cores']
+__all__ = ['Run', 'keep_freed_memory', 'use_all_cores']
 
 # Seconds that the last checkpoint is at least old when the end of an epoch brings the next.
 _CHECKPOINT_AGE = 60.
