@@ -401,7 +401,7 @@ def plot(rows: List[Dict[str, Any]], title: str, path: Path) -> None:
     panels = figure.subplots(2, len(sizes), squeeze=False, height_ratios=(3, 2))
     styles = dict(zip(
         ('plain network', 'all exits', 'truncated', 'early exit', 'earlyon', 'static network'),
-        (('s', 'black'), ('P', 'grey'), ('o', 'tab:blue'), ('*', 'tab:red'), ('X', 'tab:orange'), ('D', 'tab:purple')),
+        (('s', 'black'), ('P', 'grey'), ('o', 'tab:blue'), ('*', 'tab:red'), ('X', 'tab:green'), ('D', 'tab:purple')),
     ))
     exits = [key for key in rows[0] if key.startswith('left_at_')]
     colours = [colormaps['Blues'](0.35 + 0.65 * i / max(len(exits) - 1, 1)) for i in range(len(exits))]
@@ -409,18 +409,19 @@ def plot(rows: List[Dict[str, Any]], title: str, path: Path) -> None:
         here = [row for row in rows if row['batch_size'] == size]
         for group, (marker, colour) in styles.items():
             of_group = [row for row in here if row['group'] == group]
-            if not of_group:
-                continue
-            speed, top1 = ([row[key] for row in of_group] for key in ('images_per_second', 'top1'))
-            top.plot(speed, top1, marker, color=colour, markersize=9 if marker == '*' else 6, label=group)
-            if group not in ('truncated', 'early exit'):  # the legend names the rest
-                continue
-            for row in of_group:
-                name = row['contender'].rpartition(', ')[2].removeprefix('only ')
-                top.annotate(
-                    name, (row['images_per_second'], row['top1']), xytext=(4, -10 if name in ('none', 'never') else 4),
-                    textcoords='offset points', fontsize=7, color=colour,
-                )
+            for n, row in enumerate(of_group):
+                point = (row['images_per_second'], row['top1'])
+                if group == 'early exit':  # points of several settings often lie close together
+                    label, shade = row['contender'], colormaps['autumn'](n / max(len(of_group) - 1, 1))
+                else:
+                    label, shade = None if n else group, colour
+                size_of = 10 if marker == '*' else 6
+                top.plot(*point, marker, color=shade, markersize=size_of, markeredgewidth=0, label=label, alpha=0.8)
+                if group == 'truncated':  # the legend names the rest
+                    top.annotate(
+                        row['contender'].removeprefix('only '), point, xytext=(0, -11), textcoords='offset points',
+                        fontsize=7, color=shade, ha='center',
+                    )
         top.set_xlabel('images/s')
         top.set_title('one image at a time' if size == 1 else f'batches of {size}', fontsize=9)
         top.margins(x=0.15, y=0.1)
@@ -438,7 +439,8 @@ def plot(rows: List[Dict[str, Any]], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=10)
     both = [axes.get_legend_handles_labels() for axes in panels[:, 0]]
     handles, names = (sum(parts, []) for parts in zip(*both))
-    figure.legend(handles, names, loc='outside lower center', ncols=5, frameon=False, fontsize=8)
+    columns = min(8, 2 + 2 * len(sizes))
+    figure.legend(handles, names, loc='outside lower center', ncols=columns, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
