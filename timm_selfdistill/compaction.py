@@ -187,22 +187,32 @@ def _candidates(probe: MultiExit, images: torch.Tensor) -> List[List[_Cut]]:
 def _find_cuts(model: MultiExit) -> Optional[List[_Cut]]:
     """Find modules after which images can be taken out of the batch; None if the network cannot do with fewer there.
 
-    Everything is tried on a copy with random weights: which module makes a map is found by comparing outputs. It is in
-    double precision, as deep down random networks hardly tell images apart.
+    Everything is tried on a copy with random weights: which module makes a map is found by comparing outputs. Deep down
+    random networks may hardly tell images apart; where rounding hides it, as TF32 may on a GPU, the copy is run in
+    double precision.
     """
     device = next(model.parameters()).device
-    probe = copy_model(model).eval().to('cpu' if device.type == 'mps' else device, torch.double)
+    probe = copy_model(model).eval().to('cpu' if device.type == 'mps' else device, torch.float)
     randomise(probe)
     images = torch.randn(max(3, model.num_exits), *small_size(model)).to(next(probe.parameters()))
     expected = probe.forward_exits(images)
+    noise = 1e-5
+    if images.is_cuda or any(_spread(logits) < 100 * noise * logits.abs().max() for logits in expected):
+        probe, images, noise = probe.double(), images.double(), 1e-9
+        expected = probe.forward_exits(images)
     candidates = _candidates(probe, images[:1])
     for choice in range(max(map(len, candidates), default=1)):
         if not all(candidates):
             return None
         cuts = [options[min(choice, len(options) - 1)] for options in candidates]
-        if _agrees(_HookedRun(probe, cuts), images, expected, noise=1e-9):
+        if _agrees(_HookedRun(probe, cuts), images, expected, noise):
             return cuts
     return None
+
+
+def _spread(logits: torch.Tensor) -> torch.Tensor:
+    """Return how far the logits (N, num_classes) of images differ from their mean."""
+    return (logits - logits.mean(0)).abs().max()
 
 
 # -- as a chain of graphs ---------------------------------------------------------------------------------------------
@@ -285,7 +295,7 @@ def _agrees(run: CompactingRun, images: torch.Tensor, expected: Sequence[torch.T
     def drop_one(number: int, logits: torch.Tensor) -> Optional[torch.Tensor]:
         nonlocal left
         target = expected[number]
-        allowed = max(0.01 * (target - target.mean(0)).abs().max(), noise * target.abs().max())
+        allowed = max(0.01 * _spread(target), noise * target.abs().max())
         agreed.append(len(logits) == len(left) and bool((logits - target[left]).abs().max() <= allowed))
         rows = torch.arange(len(left), device=left.device).roll(-1 - number)[:max(1, len(left) - 1)].sort().values
         left = left[rows]
