@@ -14,6 +14,7 @@ from typing import Any, Dict, List
 
 import timm
 import torch
+import torch.nn as nn
 import tyro
 from rich.progress import track
 
@@ -49,6 +50,16 @@ def smallest_of_each_class() -> List[str]:
     return sorted(row['name'] for row in smallest.values())
 
 
+def create(name: str) -> nn.Module:
+    """Create a network of seven classes, for small images where it is made for one size."""
+    for size in (128, 112):
+        try:
+            return timm.create_model(name, num_classes=7, img_size=size).eval()
+        except (AssertionError, RuntimeError, TypeError, ValueError):  # it takes no such size
+            pass
+    return timm.create_model(name, num_classes=7).eval()
+
+
 @torch.no_grad()
 def probe(name: str, count: int = 6) -> Dict[str, Any]:
     """Run images such that about half of those that come to an exit leave there; return the table's row.
@@ -57,10 +68,7 @@ def probe(name: str, count: int = 6) -> Dict[str, Any]:
         RuntimeError: Images left at other exits than they should have.
     """
     torch.manual_seed(0)
-    try:
-        model = timm.create_model(name, num_classes=7, img_size=128).eval()  # else the largest take minutes
-    except (AssertionError, RuntimeError, TypeError, ValueError):  # it takes no such size
-        model = timm.create_model(name, num_classes=7).eval()
+    model = create(name)
     randomise(model)
     start = time.perf_counter()
     predictor = EarlyExit(model)

@@ -95,7 +95,7 @@ def staged(network, tmp_path_factory):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', [*NETWORKS, 'resnet20_cifar_sd'])
 def test_onnx_graphs_of_all_exits_and_of_one_give_torchs_logits(name, tmp_path):
     model = create(name)
     for number, names in ((None, [f'exit{i}' for i in range(model.num_exits)]), (1, ['logits'])):

@@ -312,7 +312,7 @@ def small_size(model: MultiExit) -> Tuple[int, ...]:
     """Return channels, height and width of images that are quickly run, no larger than those it was built for."""
     own = tuple(get_model_input_config(model)['input_size'])
     probe = meta_copy(model)
-    for side in (96, 128, 192):
+    for side in (96, 112, 128, 192):  # multiples of patches of 16, 14, 32
         if side < min(own[1:]):
             try:
                 probe.forward_exits(torch.empty(1, own[0], side, side, device='meta'))

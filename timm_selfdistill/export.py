@@ -120,7 +120,10 @@ def _load(path: Path, format: str, inputs: Sequence[str]) -> Callable[..., List[
     else:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        try:
+            session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        except Exception as error:  # its own exceptions share no other base
+            raise ExportError(f'onnxruntime cannot load {path.name}: {error}') from error
 
         def run(*tensors: torch.Tensor) -> List[torch.Tensor]:
             feeds = {name: tensor.numpy() for name, tensor in zip(inputs, tensors)}
