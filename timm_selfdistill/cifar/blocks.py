@@ -28,8 +28,8 @@ class ZeroPadShortcut(nn.Module):
     def __init__(self, in_chs: int, out_chs: int, stride: int = 1, average: bool = False):
         super().__init__()
         self.extra = out_chs - in_chs
-        # An incomplete window at the edge counts, so that odd sizes come out as from a padded 3×3 convolution. One pixel
-        # is never incomplete, and rounded up onnxruntime takes the size of such a map for another.
+        # An incomplete window at the edge counts, so that odd sizes come out as from a padded 3×3 convolution. That of
+        # one pixel is never incomplete, and onnxruntime would take the size of its map, rounded up, for another.
         self.pool = nn.AvgPool2d(stride if average else 1, stride, ceil_mode=average) if stride > 1 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
