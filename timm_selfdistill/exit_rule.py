@@ -35,7 +35,7 @@ def surety(logits: torch.Tensor, criterion: str = 'confidence') -> torch.Tensor:
         return first - second
     if criterion == 'entropy':
         lowest = -math.log(logits.shape[-1])  # which rounding may miss
-        return (logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).clamp(lowest, 0)
+        return (logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).clamp(lowest, 0.)
     raise ValueError(f'criterion={criterion!r}: expected confidence, margin or entropy.')
 
 
