@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import time
 import warnings
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -25,6 +25,7 @@ from timm_selfdistill.launch import run_command
 from timm_selfdistill.wrapper import times
 
 RESULTS = Path(__file__).parent / 'results'
+IMAGES = 6
 FIELDS = ('class', 'name', 'input_size', 'kind', 'how', 'left_at', 'largest_difference', 'seconds_to_make')
 
 
@@ -32,10 +33,6 @@ FIELDS = ('class', 'name', 'input_size', 'kind', 'how', 'left_at', 'largest_diff
 class SweepConfig:
     """Run one model of every class with early exit, and write a row for each."""
 
-    every: int = 1
-    """Take every so many of the classes."""
-    images: int = 6
-    """Images to run."""
     output: Path = RESULTS / 'early_exit_sweep.csv'
     """Table to write."""
 
@@ -61,8 +58,8 @@ def create(name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def probe(name: str, count: int = 6) -> Dict[str, Any]:
-    """Run images such that about half of those that come to an exit leave there; return the table's row.
+def probe(name: str) -> Dict[str, Any]:
+    """Run a few images such that about half of those that come to an exit leave there; return the table's row.
 
     Raises:
         RuntimeError: Images left at other exits than they should have.
@@ -75,9 +72,9 @@ def probe(name: str, count: int = 6) -> Dict[str, Any]:
     seconds = time.perf_counter() - start
     run = predictor._run
     # graphs were made for the size that the network was built for, which for some takes minutes
-    images = torch.randn(count, *(run.size if run.kind == 'graphs' else small_size(model)))
+    images = torch.randn(IMAGES, *(run.size if run.kind == 'graphs' else small_size(model)))
     exits = model.forward_exits(images)
-    left = torch.arange(count)
+    left = torch.arange(IMAGES)
     thresholds = []
     for logits in exits[:-1]:
         sure, order = surety(logits[left]).sort()
@@ -85,7 +82,7 @@ def probe(name: str, count: int = 6) -> Dict[str, Any]:
         # between two images, so that rounding cannot decide
         thresholds.append(sure[middle - 1:middle + 1].mean().item() if len(left) > 1 else None)
         left = left[order[:middle]]
-    predictor.rule = replace(predictor.rule, thresholds=thresholds)
+    predictor.rule = dataclasses.replace(predictor.rule, thresholds=thresholds)
     out = predictor.run(images)
     if not torch.equal(out.exit_index, predictor.simulate(exits).exit_index):
         raise RuntimeError(f'{name}: images left at {out.exit_index.tolist()}, not where they should have.')
@@ -108,15 +105,15 @@ def probe(name: str, count: int = 6) -> Dict[str, Any]:
 def main() -> None:
     config = tyro.cli(SweepConfig)
     warnings.simplefilter('ignore')
-    names = smallest_of_each_class()[::config.every]
+    names = smallest_of_each_class()
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    kinds: Dict[str, int] = {}
+    kinds: Counter = Counter()
     with open(config.output, 'w', newline='') as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator='\n')
         writer.writeheader()
         for name in track(names, description='Models'):
-            row = probe(name, config.images)
-            kinds[row['kind']] = kinds.get(row['kind'], 0) + 1
+            row = probe(name)
+            kinds[row['kind']] += 1
             writer.writerow(row)
             file.flush()
     print(f'{len(names)} classes: ' + ', '.join(f'{count} by {kind}' for kind, count in sorted(kinds.items())))

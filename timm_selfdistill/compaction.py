@@ -201,9 +201,9 @@ def _find_cuts(model: MultiExit) -> Optional[List[_Cut]]:
         probe, images, noise = probe.double(), images.double(), 1e-9
         expected = probe.forward_exits(images)
     candidates = _candidates(probe, images[:1])
-    for choice in range(max(map(len, candidates), default=1)):
-        if not all(candidates):
-            return None
+    if not all(candidates):
+        return None
+    for choice in range(max(map(len, candidates))):
         cuts = [options[min(choice, len(options) - 1)] for options in candidates]
         if _agrees(_HookedRun(probe, cuts), images, expected, noise):
             return cuts

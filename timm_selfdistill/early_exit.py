@@ -291,7 +291,8 @@ class EarlyExit:
             )
         shares = (leaving / count).tolist()
         costs = compute_costs(self.model, size).of(self.rule)
-        return dict(evaluator.compute(), cost=sum(map(float.__mul__, shares, costs)), leaving=shares)
+        cost = sum(share * cost for share, cost in zip(shares, costs))
+        return dict(evaluator.compute(), cost=cost, leaving=shares)
 
 
 def _digests(images: torch.Tensor) -> List[bytes]:
