@@ -28,6 +28,25 @@ def test_yaml_gives_defaults_and_the_command_line_wins(tmp_path):
     assert (config.epochs, config.exits, config.lr) == (7, None, 1e-3)
 
 
+def test_a_config_file_stands_on_another(tmp_path):
+    (tmp_path / 'rows').mkdir()
+    (tmp_path / 'base.yaml').write_text('epochs: 5\nlr: 0.3\nexits: [1]\n')
+    (tmp_path / 'rows' / 'later.yaml').write_text('base: ../base.yaml\nepochs: 7\n')
+    (tmp_path / 'rows' / 'row.yaml').write_text('base: later.yaml\nexits: null\n')
+    config = parse_train_config(['-c', str(tmp_path / 'rows' / 'row.yaml')])
+    assert (config.epochs, config.lr, config.exits) == (7, 0.3, None)
+
+
+@pytest.mark.parametrize('base, message', [
+    ('nowhere.yaml', 'nowhere.yaml: No such file'),
+    ('row.yaml', 'base: row.yaml comes back to itself'),
+])
+def test_a_base_that_cannot_be_read_is_named(tmp_path, base, message):
+    (tmp_path / 'row.yaml').write_text(f'base: {base}\n')
+    with pytest.raises(ConfigError, match=message):
+        parse_train_config(['-c', str(tmp_path / 'row.yaml')])
+
+
 def test_args_yaml_repeats_a_run(tmp_path):
     config = parse_train_config(['--exits', '2', '--mixup', '0.2', '--no-square-temperature', '--mean', '0.1'])
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump(config.settings()))

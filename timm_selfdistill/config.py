@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterable, List, Literal, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, Iterable, List, Literal, Optional, Sequence, Tuple, Union
 
 import tyro
 import yaml
@@ -368,16 +368,23 @@ def recipe_problem(args: Path, config: TrainConfig, incidental: Collection[str] 
     return f'of another recipe: {"; ".join(changed)}' if changed else None
 
 
-def _read_yaml(path: str) -> Dict[str, Any]:
+def _read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
+    """Read settings; those of the file that `base` names, beside this one or further away, give way to them."""
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+        settings = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
     except OSError as e:
         raise ConfigError(f'--config {path}: {e.strerror}.') from e
     except yaml.YAMLError as e:
         raise ConfigError(f'--config {path}: not YAML: {e}') from e
-    if not isinstance(settings or {}, dict):
+    if not isinstance(settings, dict):
         raise ConfigError(f'--config {path}: expected lines of "name: value".')
-    return settings or {}
+    base = settings.pop('base', None)
+    if base is None:
+        return settings
+    try:
+        return {**_read_yaml(Path(path).parent / str(base)), **settings}
+    except RecursionError as e:
+        raise ConfigError(f'--config {path}: base: {base} comes back to itself.') from e
 
 
 def _arguments(settings: Dict[str, Any], source: str) -> List[str]:
