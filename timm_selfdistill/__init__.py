@@ -4,6 +4,7 @@ from typing import Any
 from . import cifar, registry  # in this order: registry gives what it finds its `_sd` names
 from .heads import EXIT_HEADS
 from .multi_exit import MultiExit, add_exits
+from .registry import register_pretrained
 from .stages import Stage, choose_exits, find_stages
 from .version import __version__
 from .wrapper import checkpoint_filter_fn
@@ -19,6 +20,7 @@ __all__ = [
     'choose_exits',
     'cifar',
     'find_stages',
+    'register_pretrained',
     'registry',
 ]
 

@@ -1,6 +1,7 @@
 """Registers `<name>_sd` with timm for every name timm has: the same network with auxiliary exits."""
 import dataclasses
 import sys
+import warnings
 from collections import deque
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
@@ -10,10 +11,11 @@ import torch.nn as nn
 from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 
 from .multi_exit import MultiExit
+from .pretrained import SOURCES, no_weights, organisation, resolve_weights
 from .stages import ExitSpec
 from .wrapper import SUFFIX, WEIGHT_KEYS, checkpoint_filter_fn, times
 
-__all__ = ['register_all']
+__all__ = ['register_all', 'register_pretrained']
 
 # timm.models.register_model looks here for the cfgs of the names that this module registers.
 default_cfgs = {}
@@ -48,11 +50,7 @@ def _create_multi_exit(
     variant = base + SUFFIX
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     if pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(
-            f'No multi-exit weights are published for {variant}. Use backbone_pretrained=True for timm\'s own weights '
-            f'in the backbone and new exits, "hf-hub:<org>/<name>" or "local-dir:<folder>" for weights of your own, '
-            f'or pretrained=False for random init.'
-        )
+        raise no_weights(variant)
     tag = f'.{backbone_pretrained}' if isinstance(backbone_pretrained, str) else ''
     cache_dir, img_size = kwargs.get('cache_dir'), kwargs.get('img_size')
     if kwargs.get('features_only') and 'out_indices' not in kwargs:
@@ -97,7 +95,7 @@ def _refused_size(base: str, size: Any, error: Exception) -> str:
 
 def _entrypoint(base: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create_multi_exit(base, pretrained, **kwargs)
+        return _create_multi_exit(base, pretrained, **resolve_weights(base, pretrained, kwargs, _create_multi_exit))
 
     # under its own name in this module, so that pickle finds it as it finds timm's entry points
     create.__name__ = create.__qualname__ = base + SUFFIX
@@ -126,6 +124,43 @@ def register_all() -> None:
         create = _entrypoint(base)
         setattr(module, name, create)
         register_model(create)
+
+
+def register_pretrained(name: str, source: Optional[str] = None, **cfg: Any) -> None:
+    """Let `timm.create_model(name, pretrained=True)` find weights, and `timm.list_pretrained` list them.
+
+    The first weights of a network are also what its name without a tag gives; those registered without a tag are
+    so in any case.
+
+    Args:
+        name: Name of the network with a tag, such as `resnet50_sd.byot_cifar100`, or without.
+        source: `hf-hub:<org>/<name>`, with `@<revision>` if wanted, or `local-dir:<folder>`. When None the repository
+            of that name of the organisation that the environment variable TIMM_SELFDISTILL_ORG names.
+        **cfg: What is known of the weights without looking, fields of timm's `PretrainedCfg`.
+
+    Raises:
+        ValueError: There is no such network, or no such kind of source.
+    """
+    variant, _, tag = name.partition('.')
+    if variant not in default_cfgs:
+        raise ValueError(f'name={name!r}: expected <name>{SUFFIX} or <name>{SUFFIX}.<tag>, <name> being one of timm.')
+    kind, _, place = (source or f'hf-hub:{organisation()}/{name}').partition(':')
+    where = SOURCES.get(kind)
+    if where is None or not place:
+        raise ValueError(f'source={source!r}: expected hf-hub:<org>/<name> or local-dir:<folder>.')
+    declared = default_cfgs[variant]
+    base = dataclasses.replace(declared.default, **dict.fromkeys(WEIGHT_KEYS))
+    declared.cfgs[tag] = dataclasses.replace(base, source=kind, **{where: place}, **cfg)
+    if tag in declared.tags:
+        declared.tags.remove(tag)
+    if not tag or not declared.is_pretrained:
+        declared.tags.appendleft(tag)
+    else:
+        declared.tags.append(tag)
+    declared.is_pretrained = True
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # timm's way to add to an entry is to overwrite it, which it warns of
+        register_model(getattr(sys.modules[__name__], variant))
 
 
 register_all()
