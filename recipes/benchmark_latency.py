@@ -185,7 +185,7 @@ def open_static(checkpoint: str, network: TrainedNetwork) -> nn.Module:
     """
     try:
         model, _ = load_network(checkpoint)
-    except (FileNotFoundError, RuntimeError) as e:
+    except (OSError, RuntimeError, ValueError) as e:
         raise ConfigError(f'--static {checkpoint}: {e}') from e
     if isinstance(model, MultiExit):
         model = model.truncate(model.num_exits - 1)

@@ -13,11 +13,13 @@ import tyro
 from rich.console import Console
 
 from timm_selfdistill.calibration import Calibration, RunCosts, measure_thresholds, pareto, single_exits
+from timm_selfdistill.card import write_card
 from timm_selfdistill.config import ConfigError
 from timm_selfdistill.data import ImageData
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitOutput
 from timm_selfdistill.evaluation import EvaluationConfig, TrainedNetwork, check_held_out, open_network, print_rows
 from timm_selfdistill.exit_rule import ExitRule, surety
+from timm_selfdistill.folders import is_complete
 from timm_selfdistill.launch import run_command
 from timm_selfdistill.metrics import collect_logits
 from timm_selfdistill.plots import plot_early_exit, plot_first_and_last
@@ -192,6 +194,14 @@ def main() -> None:
         *first_and_last(out, target, rule.criterion, data), f'{on_test}; wrong ones in red, the true class in brackets',
         output / 'first_and_last.png')
     write_rule(rule, folder / 'config.json')
+    (option, value), = ((name, getattr(config, name)) for name in aims(config))
+    summary = dict(
+        dataset=data.name, aim={option: value}, unit=calibration.unit,
+        images={part: len(logits[1]) for part, logits in parts.items()}, **points,
+    )
+    (folder / 'early_exit.json').write_text(json.dumps(summary, indent=2), encoding='utf-8')
+    if is_complete(folder):
+        write_card(folder)
 
     console = Console(highlight=False)
     print_rows(console, rows, f'{title}; cost is {unit}')

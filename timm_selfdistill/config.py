@@ -37,6 +37,7 @@ _ETA = {'tsd': 0.6, 'label-smoothing': 0.9, 'confidence-penalty': 0.9}
 # Settings that may change between two sittings at the same run: they leave its result as it is.
 INCIDENTAL = {
     'output', 'experiment', 'resume', 'workers', 'log_interval', 'checkpoint_every', 'checkpoint_hist', 'report_to',
+    'push_to_hub',
 }
 
 
@@ -226,6 +227,9 @@ class TrainConfig:
     report_to: Tuple[str, ...] = ()
     """Trackers that follow the run: tensorboard, wandb, trackio, or another one that accelerate knows; all for all
     that are installed."""
+    push_to_hub: Optional[str] = None
+    """Put the complete run into this repository of the Hugging Face Hub, org/name, created as a private one if needed.
+    Without a value: a name made of network, method and data set, under TIMM_SELFDISTILL_ORG or your own name."""
     log_interval: int = 50
     """Steps between two looks at the loss on an accelerator; a CPU looks at every step."""
 
@@ -418,6 +422,10 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     files.add_argument('-c', '--config', action='append', default=[])
     files.add_argument('--preset')
     known, rest = files.parse_known_args(argv)
+    # tyro knows no option that may or may not have a value
+    for i in reversed([i for i, word in enumerate(rest) if word == '--push-to-hub']):
+        if i + 1 == len(rest) or rest[i + 1].startswith('--'):
+            rest.insert(i + 1, 'auto')
     if known.preset not in (None, *PRESETS):
         raise ConfigError(f'--preset {known.preset}: unknown, expected one of {", ".join(PRESETS)}.')
     arguments = _arguments(PRESETS.get(known.preset, {}), f'--preset {known.preset}')

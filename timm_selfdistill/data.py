@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import Dataset
 
 __all__ = [
-    'DIGITS', 'DataError', 'ImageData', 'ImageSplit', 'UnreadableImageError', 'load_digits', 'load_image_data',
-    'seeded',
+    'DIGITS', 'DataError', 'ImageData', 'ImageSplit', 'UnreadableImageError', 'data_name', 'load_digits',
+    'load_image_data', 'seeded',
 ]
 
 DIGITS = 'digits'
@@ -291,6 +291,11 @@ def _superclasses(table: datasets.Dataset, column: str, labels: np.ndarray, num_
     return found
 
 
+def data_name(dataset: Optional[str], data_dir: Optional[str]) -> str:
+    """Return what data opened with these settings are called."""
+    return dataset or (Path(data_dir).name if data_dir else DIGITS)
+
+
 def load_image_data(
         dataset: Optional[str] = None,
         data_dir: Optional[str] = None,
@@ -319,7 +324,7 @@ def load_image_data(
     """
     if not 0 <= val_fraction < 1:
         raise DataError(f'--val-fraction {val_fraction}: expected 0 or more and less than 1.')
-    name = dataset or (Path(data_dir).name if data_dir else DIGITS)
+    name = data_name(dataset, data_dir)
     opened = _open(dataset, data_dir)
     if 'train' not in opened:
         raise DataError(f'{name} has no part named train; its parts are: {", ".join(opened)}.')

@@ -95,7 +95,7 @@ def open_network(
     Raises:
         DataError: The data cannot be used, or have more classes than the network, or the checkpoint does not say on
             what it was trained and the config does not either.
-        ConfigError, FileNotFoundError: See `hub.load_checkpoint`.
+        ConfigError: See `hub.load_checkpoint`.
     """
     model, folder = load_checkpoint(checkpoint)
     source = {name: getattr(config, name) for name in ('dataset', 'data_dir', 'image_column', 'label_column')}

@@ -24,10 +24,11 @@ from .hub import load_checkpoint
 from .loaders import open_data
 from .metrics import collect_logits, ensemble_logits, exit_names
 from .plots import plot_generations
+from .push import check_destination
 from .report import Reporter, render_generations
 from .run import use_all_cores
 from .secondary import secondary_information
-from .trainer import close, create_accelerator, train
+from .trainer import close, create_accelerator, on_main, push_run, train
 
 __all__ = ['generation_config', 'train_generations']
 
@@ -44,7 +45,9 @@ def generation_config(config: TrainConfig, root: Path, number: int) -> TrainConf
         number: 0 for the patriarch.
     """
     own = dict(
-        output=str(root), experiment=f'generation{number}', seed=config.seed + number, generations=None, resume=None)
+        output=str(root), experiment=f'generation{number}', seed=config.seed + number, generations=None, resume=None,
+        push_to_hub=None,
+    )
     if number:
         own.update(teacher=str(root / f'generation{number - 1}'), patriarch='plain', eta=None)
     else:
@@ -76,7 +79,7 @@ def train_generations(config: TrainConfig) -> Path:
 
     Each generation is a run of its own in the folder `generation<m>`, see `trainer.train`; beside them
     `generations.csv` and `generations.png` compare those that are complete. With `config.resume` complete generations
-    are kept, and the one that was interrupted goes on.
+    are kept, and the one that was interrupted goes on. With `config.push_to_hub` the last one is put on the Hub.
 
     Returns:
         The folder of all generations.
@@ -97,6 +100,8 @@ def train_generations(config: TrainConfig) -> Path:
     if problem:
         raise ConfigError(f'--output {config.output}, --experiment {config.experiment}: the folder {root} {problem}.')
     reporter = Reporter(enabled=main, epochs=config.epochs)
+    if config.push_to_hub is not None:
+        on_main(accelerator, lambda: check_destination(config.push_to_hub))
     lineage: Optional[_Lineage] = None
     for number in range(config.generations + 1):
         folder = root / f'generation{number}'
@@ -114,6 +119,8 @@ def train_generations(config: TrainConfig) -> Path:
             (root / 'args.yaml').write_text(yaml.safe_dump(config.settings(), sort_keys=False), encoding='utf-8')
             _write(root, lineage)
             reporter.console.print(render_generations(lineage.rows, f'{lineage.parts[-1]} part'))
+    if config.push_to_hub is not None:
+        push_run(folder, config.push_to_hub, accelerator, reporter)
     close(accelerator)
     return root
 

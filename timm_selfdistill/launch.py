@@ -10,6 +10,7 @@ from .checkpoints import CheckpointError
 from .config import ConfigError
 from .data import DataError
 from .meters import NonFiniteLossError
+from .push import HubError
 from .signals import Preempted
 
 __all__ = ['PREEMPTED', 'relaunch_on_cpu', 'run_command']
@@ -29,7 +30,7 @@ def run_command(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (CheckpointError, ConfigError, DataError, NonFiniteLossError, FileNotFoundError, Preempted) as e:
+    except (CheckpointError, ConfigError, DataError, FileNotFoundError, HubError, NonFiniteLossError, Preempted) as e:
         if os.environ.get('RANK', '0') == '0' or getattr(e, 'local', False):
             print(e if isinstance(e, Preempted) else f'error: {e}', file=sys.stderr)
         sys.exit(PREEMPTED if isinstance(e, Preempted) else 2)

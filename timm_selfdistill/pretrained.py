@@ -27,12 +27,13 @@ from .untrusted import (
 from .wrapper import SUFFIX
 
 __all__ = [
-    'ORGANISATION', 'SOURCES', 'VARIABLE', 'fetch_weights', 'no_weights', 'organisation', 'read_source',
-    'resolve_weights',
+    'ORGANISATION', 'SOURCES', 'VARIABLE', 'fetch_weights', 'given_organisation', 'no_weights', 'organisation',
+    'read_source', 'resolve_weights',
 ]
 
-# Owner of the project's repositories on the Hub. Where the environment variable names another one, that one's are
-# asked for every name that has no registered weights: <owner>/resnet50_sd.byot_cifar100.
+# Owner of the project's repositories on the Hub, which are asked for every name with a tag that has no registered
+# weights: <owner>/resnet50_sd.byot_cifar100. Where the environment variable names another owner, that one's are, and
+# for names without a tag as well.
 ORGANISATION = 'timm-selfdistill'
 VARIABLE = 'TIMM_SELFDISTILL_ORG'
 
@@ -40,9 +41,14 @@ VARIABLE = 'TIMM_SELFDISTILL_ORG'
 SOURCES = {'hf-hub': 'hf_hub_id', 'local-dir': 'file'}
 
 
+def given_organisation() -> Optional[str]:
+    """Return the owner that the environment variable names, None without."""
+    return os.environ.get(VARIABLE) or None
+
+
 def organisation() -> str:
     """Return the owner of the repositories that weights are looked for in by name."""
-    return os.environ.get(VARIABLE) or ORGANISATION
+    return given_organisation() or ORGANISATION
 
 
 def no_weights(name: str, where: str = '') -> RuntimeError:
@@ -94,6 +100,8 @@ def resolve_weights(
             cfg, architecture, saved = read_source(where, cache_dir)
         except RepositoryNotFoundError as e:
             raise no_weights(name, f' at {where}, or they are private and your token does not open them') from e
+        except LocalEntryNotFoundError as e:
+            raise no_weights(name, f' in the cache as {where}, and the Hub was not asked or cannot be reached') from e
         if architecture != name:
             raise WeightsError(f'{where}: {CONFIG_NAME} is of {architecture}: expected {name}.')
         cfg['tag'] = given
@@ -114,7 +122,7 @@ def _location(name: str, tag: Optional[str]) -> Optional[str]:
         cfg = None
     if cfg is not None and cfg.source in SOURCES:
         return f'{cfg.source}:{getattr(cfg, SOURCES[cfg.source])}'
-    if os.environ.get(VARIABLE) and not (cfg is not None and cfg.has_weights):
+    if (given_organisation() or tag) and not (cfg is not None and cfg.has_weights):
         return f'hf-hub:{organisation()}/{full}'
     return None
 

@@ -10,7 +10,17 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from .batches import EpochBatches
-from .data import DIGITS, VALIDATION_NAMES, DataError, ImageData, UnreadableImageError, _open, _pick_columns, seeded
+from .data import (
+    DIGITS,
+    VALIDATION_NAMES,
+    DataError,
+    ImageData,
+    UnreadableImageError,
+    _open,
+    _pick_columns,
+    data_name,
+    seeded,
+)
 from .signals import keep_worker_alive
 
 __all__ = [
@@ -198,7 +208,7 @@ def load_streamed_data(
             examples is not known, no training part.
         UnreadableImageError: The first training image cannot be decoded.
     """
-    name = dataset or (Path(data_dir).name if data_dir else DIGITS)
+    name = data_name(dataset, data_dir)
     streams, lengths = _open_streams(dataset, data_dir)
     if 'train' not in streams:
         raise DataError(f'{name} has no part named train; its parts are: {", ".join(streams)}.')

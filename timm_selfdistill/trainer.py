@@ -4,25 +4,28 @@ import math
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
 
-from .config import TrainConfig
+from .card import write_card
+from .config import ConfigError, TrainConfig
 from .data import ImageSplit
 from .folders import choose_folder, is_complete
-from .hub import write_card
+from .latency import write_latency
 from .meters import NonFiniteLossError
 from .metrics import exit_table
 from .plots import plot_accuracy_against_compute
+from .push import HubError, check_destination, push_to_hub
 from .report import Reporter
 from .run import Run
 from .signals import StopSignals
+from .state import is_sharded
 from .trackers import start_trackers
 
-__all__ = ['close', 'create_accelerator', 'train']
+__all__ = ['close', 'create_accelerator', 'on_main', 'push_run', 'train']
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
@@ -67,6 +70,7 @@ def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Pat
         CheckpointError: The final weights cannot be written.
         ConfigError: A setting does not fit the model or the data.
         DataError: The data cannot be used.
+        HubError: The Hub cannot be used, which is found out before training, or has refused the complete run.
         NonFiniteLossError: The loss is not finite; the folder keeps the last good weights.
         Preempted: A signal asked to stop; a checkpoint has been written.
     """
@@ -75,14 +79,50 @@ def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Pat
     main = accelerator.is_main_process
     reporter = Reporter(enabled=main, epochs=config.epochs)
     folder = choose_folder(config, accelerator)
+    if config.push_to_hub is not None:
+        on_main(accelerator, lambda: check_destination(config.push_to_hub))
     if broadcast_object_list([is_complete(folder)])[0]:
         reporter.say(f'The run in {folder} is complete; there is nothing to go on with.')
     else:
         with StopSignals() as signals:
             _train(Run(config, accelerator, folder, reporter, signals))
+    if config.push_to_hub is not None:
+        push_run(folder, config.push_to_hub, accelerator, reporter)
     if not shared:
         close(accelerator)
     return folder
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> None:
+    """Call a function in the main process; where it fails with a sentence for the user, all processes do."""
+    problem: Optional[Exception] = None
+    if accelerator.is_main_process:
+        try:
+            function()
+        except (ConfigError, HubError) as e:
+            problem = e
+    problem, = broadcast_object_list([problem])
+    if problem is not None:
+        raise problem
+
+
+def push_run(folder: Path, repo: str, accelerator: Accelerator, reporter: Reporter) -> None:
+    """Put a complete run on the Hub, see `push.push_to_hub`.
+
+    Raises:
+        HubError: The Hub refuses, or cannot be reached; the message says how to push later.
+    """
+    def push() -> None:
+        try:
+            at, commit = push_to_hub(folder, repo)
+        except HubError as e:
+            raise HubError(
+                f'{e} The run in {folder} is complete; python recipes/publish.py --checkpoint {folder} --repo {repo} '
+                f'pushes it.'
+            ) from e
+        reporter.say(f'pushed  hf-hub:{at}, commit {commit[:12]}')
+
+    on_main(accelerator, push)
 
 
 def _train(run: Run) -> None:
@@ -138,10 +178,9 @@ def _finish(run: Run, watched: ImageSplit, metrics: Dict[str, Dict[str, Any]]) -
         split, rows = list(results.items())[-1]
         title = f'{architecture} on {run.data.name}, {split} part'
         plot_accuracy_against_compute(rows, title, run.folder / 'accuracy_vs_compute.png')
-        write_card(
-            run.folder, run.model, rows, split, run.data.name, run.config.settings(),
-            source=f'local-dir:{run.folder.name}', input_size=run.data_config['input_size'],
-        )
+        if not is_sharded(run.accelerator):  # no process has the whole network then; the latency can be measured later
+            write_latency(run.folder, run.model, run.data_config['input_size'], run.device)
+        write_card(run.folder, results=results)
         beside = run.folder / '.results.json'  # written last and all at once, it says that the run is complete
         beside.write_text(json.dumps(results, indent=2), encoding='utf-8')
         beside.replace(run.folder / 'results.json')
