@@ -150,12 +150,13 @@ def register_pretrained(name: str, source: Optional[str] = None, **cfg: Any) -> 
         raise ValueError(f'source={source!r}: expected hf-hub:<org>/<name> or local-dir:<folder>.')
     declared = default_cfgs[variant]
     base = dataclasses.replace(declared.default, **dict.fromkeys(WEIGHT_KEYS))
+    # as in timm, the network without weights goes from the list where there are some; its name alone means the first
+    for name in [t for t in declared.tags if not declared.cfgs[t].has_weights]:
+        declared.tags.remove(name)
     declared.cfgs[tag] = dataclasses.replace(base, source=kind, **{where: place}, **cfg)
-    if tag in declared.tags:
-        declared.tags.remove(tag)
-    if not tag or not declared.is_pretrained:
+    if not tag and tag not in declared.tags:
         declared.tags.appendleft(tag)
-    else:
+    elif tag not in declared.tags:
         declared.tags.append(tag)
     declared.is_pretrained = True
     with warnings.catch_warnings():
