@@ -131,7 +131,7 @@ def test_all_that_describes_the_run_is_pushed_and_nothing_of_the_machine(run, hu
     files = hub.files('org/test_resnet_sd')
     assert set(files) == {
         '.gitattributes', 'README.md', 'accuracy_vs_compute.png', 'args.yaml', 'config.json', 'early_exit.csv',
-        'early_exit.json', 'early_exit.png', 'first_and_last.png', 'latency.json', 'model.safetensors',
+        'early_exit.json', 'early_exit.png', 'latency.json', 'model.safetensors',
         'results.json', 'summary.csv'}
     for name in set(files) - {'.gitattributes', 'README.md', 'args.yaml'}:
         assert files[name] == (run / name).read_bytes(), name

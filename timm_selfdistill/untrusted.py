@@ -5,9 +5,10 @@ import json
 import re
 import warnings
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -19,15 +20,21 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from .wrapper import times
 
 __all__ = [
-    'CONFIG_NAME', 'WEIGHTS_NAME', 'WeightsError', 'build_skeleton', 'check_config', 'check_weights', 'read_config',
+    'CONFIG_NAME', 'WEIGHTS_NAME', 'WeightsError', 'build_skeleton', 'check_config', 'check_memory', 'check_weights',
+    'read_config',
 ]
 
 CONFIG_NAME = 'config.json'
 WEIGHTS_NAME = 'model.safetensors'
 
-_CONFIG_BYTES = 32 * 2 ** 20
+_CONFIG_BYTES = 8 * 2 ** 20  # Python makes some twenty times as much of it
+_HEADER_BYTES = 16 * 2 ** 20  # safetensors makes some ten times as much of it
+_MEMORY = 64 * 2 ** 20
 _CLASSES = 10 ** 7
 _PIXELS = 8192
+_WINDOW = 32  # a few networks list the pairs of all positions in a window one by one
+_PARTS = 1000
+_TOTAL = 10 ** 5
 
 
 class WeightsError(ValueError):
@@ -72,43 +79,56 @@ def _one_of(*values: Any) -> _Kind:
                  f'one of {", ".join(map(repr, values))}')
 
 
-def _is_plain(value: Any, room: list, depth: int = 8) -> bool:
-    """Say whether a value is of what JSON knows, without numbers or sizes that nobody needs."""
-    room[0] -= 1
-    if room[0] < 0 or depth < 0:
-        return False
+def _odd_part(value: Any, name: str, room: List[float], depth: int = 8) -> Optional[Tuple[str, Any]]:
+    """Find what JSON would not know, or what makes a value too much.
+
+    Args:
+        value: A value.
+        name: Its name.
+        room: How many parts it may have, and what its numbers may add up to; counted down.
+        depth: How deep its parts may be nested.
+
+    Returns:
+        Name and value of the first such part, None if there is none.
+    """
+    parts: List[Tuple[str, Any]] = []
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(v, room, depth - 1) for v in value)
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_plain(v, room, depth - 1) for k, v in value.items())
-    if isinstance(value, str):
-        return len(value) <= 10_000
-    return value is None or isinstance(value, bool) or _is_number(value, -_CLASSES, _CLASSES)
+        plain = True
+        parts = [(f'{name}[{i}]', v) for i, v in enumerate(value[:_PARTS])]
+    elif isinstance(value, dict):
+        plain = all(isinstance(k, str) for k in value)
+        parts = [(f'{name}.{str(k)[:50]}', v) for k, v in islice(value.items(), _PARTS)]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        plain = abs(value) <= room[1]
+        room[1] -= abs(value) if plain else 0
+    else:
+        plain = value is None or isinstance(value, bool) or (isinstance(value, str) and len(value) <= 10_000)
+    room[0] -= 1
+    if not plain or room[0] < 0 or depth < 0:
+        return name, value
+    return next(filter(None, (_odd_part(v, part, room, depth - 1) for part, v in parts)), None)
 
 
 _TEXT = _Kind(lambda v: isinstance(v, str) and len(v) <= 100_000, 'a text')
-_TEXTS = _either(_TEXT, _several(_TEXT, 0, _CLASSES))
+_TEXTS = _either(_TEXT, _several(_TEXT, 0, _PARTS))
 _FLAG = _Kind(lambda v: isinstance(v, bool), 'true or false')
 _NAMED_TEXTS = _Kind(
-    lambda v: isinstance(v, dict) and all(map(_TEXT.accepts, (*v, *v.values()))), 'texts by name')
-_PLAIN = _Kind(
-    lambda v: _is_plain(v, [10_000]),
-    f'text, true, false, null, a finite number up to {_CLASSES:,}, or lists and objects of such',
-)
+    lambda v: isinstance(v, dict) and all(map(_TEXT.accepts, (*v, *v.values()))), 'an object of texts')
 _SIDE = _whole(1, _PIXELS)
 _IMAGE = _Kind(
     lambda v: isinstance(v, (list, tuple)) and len(v) == 3 and _whole(1, 1024).accepts(v[0])
     and all(map(_SIDE.accepts, v[1:])),
     f'channels (1 to 1,024), height and width (1 to {_PIXELS:,})',
 )
-_NOTHING = _one_of(None)
+_NOTHING = _Kind(lambda v: v is None, 'nothing')
+_WINDOWS = _either(_whole(0, _WINDOW), _several(_whole(0, _WINDOW), 1, 100))
 
 # The fields of timm's pretrained cfg that something is done with; the others only have to be plain.
 _CFG: Dict[str, _Kind] = dict(
     url=_NOTHING,
     state_dict=_NOTHING,
     hf_hub_filename=_NOTHING,
-    custom_load=_one_of(False, None),
+    custom_load=_Kind(lambda v: v is None or v is False, 'false'),
     input_size=_IMAGE,
     test_input_size=_IMAGE,
     min_input_size=_IMAGE,
@@ -137,6 +157,9 @@ _ARGS: Dict[str, _Kind] = dict(
     img_size=_either(_SIDE, _several(_SIDE, 2, 2)),
     exits=_either(_whole(0, 1000), _several(_whole(0, 1000), 0, 100)),
     truncate=_whole(0, 100),
+    exit_head=_TEXT,
+    window_size=_WINDOWS,
+    window_sizes=_WINDOWS,
     drop_rate=_number(0, 1),
     drop_path_rate=_number(0, 1),
 )
@@ -150,6 +173,15 @@ _NOT_FOR_CONFIGS = {
 def _check(value: Any, kind: _Kind, name: str, where: str) -> None:
     if not kind.accepts(value):
         raise WeightsError(f'{where}: {name} = {shortened(value)}: expected {kind.words}.')
+
+
+def _check_plain(value: Any, total: int, name: str, where: str) -> None:
+    odd = _odd_part(value, name, [_PARTS, total])
+    if odd is not None:
+        raise WeightsError(
+            f'{where}: {odd[0]} = {shortened(odd[1])}: expected short texts, true, false, null, finite numbers, or '
+            f'lists and objects of such: {_PARTS:,} at most, the numbers of which add up to {total:,} at most.'
+        )
 
 
 def read_config(path: Path, where: str) -> Dict[str, Any]:
@@ -200,31 +232,44 @@ def check_config(cfg: Any, model_args: Any, where: str) -> None:
     for name, value in cfg.items():
         if name not in fields:
             raise WeightsError(f'{where}: pretrained_cfg has an unknown key, {shortened(name)}.')
-        if value is not None or fields[name].default is not None:
-            _check(value, _CFG.get(name, _PLAIN), f'pretrained_cfg.{name}', where)
+        if name not in _CFG:
+            _check_plain(value, 2 * _CLASSES, f'pretrained_cfg.{name}', where)
+        elif value is not None or fields[name].default is not None:
+            _check(value, _CFG[name], f'pretrained_cfg.{name}', where)
+    channels = cfg.get('input_size', fields['input_size'].default)[0]
+    for name in ('mean', 'std'):
+        if name in cfg and len(cfg[name]) not in (1, 3, channels):  # of 1 and 3 timm makes as many as it needs
+            raise WeightsError(f'{where}: {len(cfg[name])} values in pretrained_cfg.{name}: expected {channels}.')
     names = cfg.get('label_names')
     if isinstance(names, (list, tuple)) and 'num_classes' in cfg and len(names) != cfg['num_classes']:
-        raise WeightsError(f'{where}: {len(names):,} label_names for {cfg["num_classes"]:,} classes.')
+        raise WeightsError(f'{where}: {len(names):,} label_names: expected {cfg["num_classes"]:,}, one for each class.')
     for name, value in model_args.items():
         if not str(name).isidentifier() or name in _NOT_FOR_CONFIGS:
-            raise WeightsError(f'{where}: model_args.{shortened(name)} is nothing that a config may decide.')
-        if value is not None:
-            _check(value, _ARGS.get(name, _PLAIN), f'model_args.{name}', where)
+            raise WeightsError(f'{where}: model_args has the key {shortened(name)}, which no config may decide.')
+        if name not in _ARGS:
+            # the classes that a rule of early exit was made for take no memory
+            _check_plain(value, 2 * _CLASSES if name == 'early_exit' else _TOTAL, f'model_args.{name}', where)
+        elif value is not None:
+            _check(value, _ARGS[name], f'model_args.{name}', where)
 
 
 # -- the network and its weights --------------------------------------------------------------------------------------
 
 
+class _TooMany(Exception):
+    """Not a ValueError, which a constructor may take for one of its own."""
+
+
 @contextmanager
-def _limited(most: int, where: str) -> Iterator[None]:
-    """Stop whoever registers more parameters than that with modules."""
+def _limited(most: int) -> Iterator[None]:
+    """Stop whoever registers more parameters than `most` with modules."""
     count = 0
 
     def look(*args: Any) -> None:
         nonlocal count
         count += 1
         if count > most:
-            raise WeightsError(f'{where}: {CONFIG_NAME} describes a network of more than {most:,} tensors.')
+            raise _TooMany
 
     handle = register_module_parameter_registration_hook(look)
     try:
@@ -233,28 +278,55 @@ def _limited(most: int, where: str) -> Iterator[None]:
         handle.remove()
 
 
-def build_skeleton(build: Callable[[], nn.Module], where: str) -> nn.Module:
+def build_skeleton(build: Callable[[], nn.Module], where: str, most: int) -> nn.Module:
     """Build what a config describes without memory for its weights.
 
     Args:
         build: Builds it.
         where: What to call the config in messages.
+        most: Parameters (tensors) that it may make on the way.
 
     Returns:
         The network on the meta device.
 
     Raises:
-        WeightsError: It cannot be built, or has more tensors than any network in timm.
+        WeightsError: It cannot be built, or has too many parameters.
     """
     try:
-        with torch.device('meta'), _limited(20_000, where), warnings.catch_warnings():
+        with torch.device('meta'), _limited(most), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # they are heard when it is built for use
             return build()
-    except WeightsError:
-        raise
+    except _TooMany as e:
+        raise WeightsError(f'{where}: {CONFIG_NAME} describes a network of more than {most:,} parameters.') from e
     except Exception as e:  # whatever a constructor makes of arguments that it was not meant to get
         raise WeightsError(
             f'{where}: {CONFIG_NAME} describes no network that can be built: {type(e).__name__}: {e}') from e
+
+
+def check_memory(network: nn.Module, usual: nn.Module, weights: Optional[Path], where: str) -> None:
+    """Check that a network takes no more memory than its weights, or the usual network of its name, account for.
+
+    Args:
+        network: What a config describes, on the meta device.
+        usual: What timm builds under that name, likewise.
+        weights: File of the weights, None if there is none.
+        where: What to call the config in messages.
+
+    Raises:
+        WeightsError: It takes more than four times as much as the larger of them, and more than 256 MiB.
+    """
+    most = 4 * max(_MEMORY, _bytes(usual), weights.stat().st_size if weights else 0)
+    if _bytes(network) > most:
+        raise WeightsError(
+            f'{where}: {CONFIG_NAME} describes a network of {_bytes(network):,} bytes: expected {most:,} at most.')
+
+
+def _bytes(network: nn.Module) -> int:
+    # what a network computes and keeps besides its weights, such as masks of attention, may be the larger part
+    return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
+
+
+_DTYPES = {True: ('F64', 'F32', 'F16', 'BF16'), False: ('I64', 'I32', 'I16', 'I8', 'U8', 'BOOL', 'C64')}
 
 
 def check_weights(path: Path, network: nn.Module, where: str) -> None:
@@ -268,6 +340,13 @@ def check_weights(path: Path, network: nn.Module, where: str) -> None:
     Raises:
         WeightsError: It is no safetensors file, is cut off, or holds other tensors than the network has.
     """
+    with path.open('rb') as f:
+        header = int.from_bytes(f.read(8), 'little')
+    if header > _HEADER_BYTES:
+        raise WeightsError(
+            f'{where}: {path.name} is no safetensors file, or one with a header of {header:,} bytes: expected '
+            f'{_HEADER_BYTES:,} at most.'
+        )
     try:
         with safe_open(path, framework='pt') as f:
             parts = {name: f.get_slice(name) for name in f.keys()}
@@ -281,7 +360,7 @@ def check_weights(path: Path, network: nn.Module, where: str) -> None:
         shape, dtype = held[name]
         if shape != tensor.shape:
             raise WeightsError(f'{where}: {path.name}: {name} is {times(shape)}: expected {times(tensor.shape)}.')
-        if dtype.startswith(('F', 'BF')) != tensor.is_floating_point():
+        if dtype not in _DTYPES[tensor.is_floating_point()]:
             raise WeightsError(f'{where}: {path.name}: {name} has the type {dtype}: expected {tensor.dtype}.')
 
 
