@@ -131,8 +131,9 @@ def test_sittings_on_different_machines_are_all_named(tmp_path, monkeypatch):
 
 def test_every_generation_files_a_line_once(tmp_path):
     config = TrainConfig(
-        model='test_resnet', method='plain', epochs=1, generations=1, patriarch='tsd', output=str(tmp_path),
-        experiment='line', resume='auto', results=str(tmp_path / 'rows.jsonl'))
+        model='test_resnet', method='plain', epochs=1, batch_size=16, generations=1, patriarch='tsd', resume='auto',
+        data_dir=str(write_two_colours(tmp_path)), label_column='fine', workers=0, output=str(tmp_path),
+        experiment='line', results=str(tmp_path / 'rows.jsonl'))
     train_generations(config)
     rows = rows_of(tmp_path / 'rows.jsonl')
     assert [(r['recipe'], r['seed'], r['settings']['patriarch'], r['settings']['teacher']) for r in rows] == [

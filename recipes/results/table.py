@@ -216,9 +216,10 @@ def render(runs: Dict[str, List[Row]]) -> str:
         others = [r for r, rows in runs.items() if rows[0]['network'].removesuffix('_cifar') == network]
         for recipe in dict.fromkeys([*planned, *sorted(others)]):
             changed = changed_settings(recipe, runs[recipe]) if recipe in runs else []
-            if changed:
-                notes.append('; '.join(changed))
-            lines.append(_own_line(recipe, runs, f' ({len(notes)})' if changed else ''))
+            note = '; '.join(changed)
+            if changed and note not in notes:
+                notes.append(note)
+            lines.append(_own_line(recipe, runs, f' ({notes.index(note) + 1})' if changed else ''))
         lines += _published(network)
     paragraphs = []
     if runs:
@@ -227,8 +228,9 @@ def render(runs: Dict[str, List[Row]]) -> str:
         paragraphs += [f'Top-1 accuracy in percent: {where}; the last epoch, mean ± standard deviation over seeds.']
         paragraphs += [_markdown(lines)]
         paragraphs += [f'({i}) not as its file says: {note}.' for i, note in enumerate(notes, 1)]
-        for key in ('hardware', 'precision', 'torch', 'timm', 'commit'):
-            paragraphs.append(f'{key}: ' + '; '.join(dict.fromkeys(row[key] for row in rows)))
+        paragraphs.append('Trained with: ' + ' | '.join(
+            f'{key}: {"; ".join(dict.fromkeys(row[key] for row in rows))}'
+            for key in ('hardware', 'precision', 'torch', 'timm', 'commit')))
     if without:
         paragraphs.append(f'No figures yet: {", ".join(without)}.')
     return '\n\n'.join(paragraphs)
@@ -252,7 +254,7 @@ def draw(runs: Dict[str, List[Row]], path: Path) -> None:
         axes.set_title(network, fontsize=10)
         axes.set_ylabel('test top-1, %')
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, frameon=False, loc='lower right')
+        axes.legend(fontsize=7, framealpha=0.7, edgecolor='none', loc='lower right')
     for axes in grid[len(panels):]:
         axes.set_axis_off()
     figure.suptitle('mean over seeds; bars and bands: ± one standard deviation', fontsize=10)
