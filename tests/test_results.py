@@ -3,7 +3,7 @@ import getpass
 import json
 import platform
 import types
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -94,14 +94,21 @@ def test_half_a_line_goes_and_a_whole_one_without_its_end_stays(tmp_path):
         assert [r['recipe'] for r in rows_of(results)] == ['old', *kept, 'new']
 
 
-def test_runs_that_end_at_once_lose_no_line_and_file_none_twice(tmp_path):
-    folders = [tmp_path / str(i) for i in range(40)]
-    for i, folder in enumerate(folders):
-        folder.mkdir()
-        (folder / 'record.json').write_text(json.dumps(dict(recipe=i, filler='x' * 5000)) + '\n')
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda folder: append_record(folder, tmp_path / 'rows.jsonl'), folders * 5))
-    assert sorted(r['recipe'] for r in rows_of(tmp_path / 'rows.jsonl')) == list(range(40))
+def test_a_run_waits_for_another_that_is_writing_and_files_nothing_twice(tmp_path):
+    fcntl = pytest.importorskip('fcntl')
+    (tmp_path / 'record.json').write_text('{"recipe": "new"}\n')
+    results = tmp_path / 'rows.jsonl'
+    with ThreadPoolExecutor(8) as pool:
+        with results.open('a+b') as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            waiting = [pool.submit(append_record, tmp_path, results) for _ in range(8)]
+            f.write(b'{"recipe": ')
+            f.flush()
+            assert not wait(waiting, timeout=0.5).done
+            f.write(b'"old"}\n')
+        for run in waiting:
+            run.result()
+    assert [r['recipe'] for r in rows_of(results)] == ['old', 'new']
 
 
 def test_the_time_of_all_sittings_counts_and_that_of_lost_steps_does_not(tmp_path, monkeypatch, ticks):
