@@ -50,7 +50,7 @@ def test_a_run_leaves_everything_behind(run):
     folder, _ = run
     assert sorted(p.name for p in folder.iterdir()) == [
         'README.md', 'accuracy_vs_compute.png', 'args.yaml', 'best', 'checkpoints', 'config.json', 'latency.json',
-        'model.safetensors', 'results.json', 'summary.csv']
+        'model.safetensors', 'record.json', 'results.json', 'summary.csv']
     assert folder.name.endswith('-test_resnet_sd')
     assert (folder / 'accuracy_vs_compute.png').read_bytes().startswith(b'\x89PNG')
     assert yaml.safe_load((folder / 'args.yaml').read_text())['exits'] == [2, 3]

@@ -37,7 +37,7 @@ _ETA = {'tsd': 0.6, 'label-smoothing': 0.9, 'confidence-penalty': 0.9}
 # Settings that may change between two sittings at the same run: they leave its result as it is.
 INCIDENTAL = {
     'output', 'experiment', 'resume', 'workers', 'log_interval', 'checkpoint_every', 'checkpoint_hist', 'report_to',
-    'push_to_hub',
+    'push_to_hub', 'recipe', 'results',
 }
 
 
@@ -232,6 +232,10 @@ class TrainConfig:
     Without a value: a name made of network, method and data set, under TIMM_SELFDISTILL_ORG or your own name."""
     log_interval: int = 50
     """Steps between two looks at the loss on an accelerator; a CPU looks at every step."""
+    results: Optional[str] = None
+    """File of JSON lines that a complete run appends one to: its settings, every exit's figures, time and hardware."""
+    recipe: Optional[str] = None
+    """What that line is filed under; the name of the run's folder when None."""
 
     def model_arguments(self) -> Dict[str, Any]:
         """Return `model_kwargs` as a dict, values read as Python literals where they are such."""
@@ -344,13 +348,19 @@ class TrainConfig:
         )
 
 
-def recipe_problem(args: Path, config: TrainConfig, incidental: Collection[str] = ()) -> Optional[str]:
+def recipe_problem(
+        args: Path,
+        config: TrainConfig,
+        incidental: Collection[str] = (),
+        moved: bool = False,
+) -> Optional[str]:
     """Compare a config with the `args.yaml` of a run; say why that run cannot be gone on with, None if it can.
 
     Args:
         args: The file.
         config: The settings now.
         incidental: More settings that may differ than `INCIDENTAL`.
+        moved: Folders of data and teacher may lie elsewhere, as on another machine; their own names count.
 
     Raises:
         OSError: The file cannot be read.
@@ -365,11 +375,17 @@ def recipe_problem(args: Path, config: TrainConfig, incidental: Collection[str] 
     may_differ = {*INCIDENTAL, *incidental}
     if config.streaming:
         may_differ.discard('workers')  # each has its own share of a stream
+    if moved:
+        may_differ.update(name for name in ('data_dir', 'teacher') if _same_folder(before[name], now[name]))
     changed = [
         f'--{name.replace("_", "-")} was {before[name]} and is {now[name]}'
         for name in now if name not in may_differ and before[name] != now[name]
     ]
     return f'of another recipe: {"; ".join(changed)}' if changed else None
+
+
+def _same_folder(before: Optional[str], now: Optional[str]) -> bool:
+    return None not in (before, now) and Path(now).is_dir() and Path(before).name == Path(now).name
 
 
 def _read_yaml(path: Union[str, Path]) -> Dict[str, Any]:

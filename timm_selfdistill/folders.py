@@ -38,7 +38,7 @@ def _refusal(config: TrainConfig, folder: Path) -> Optional[str]:
     if not args.is_file():
         empty = folder.is_dir() and not any(folder.iterdir())
         return None if empty else 'has no args.yaml and so is no run of this program'
-    problem = recipe_problem(args, config)
+    problem = recipe_problem(args, config, moved=True)
     return problem and f'holds a run {problem}'
 
 

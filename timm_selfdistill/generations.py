@@ -28,7 +28,7 @@ from .push import check_destination
 from .report import Reporter, render_generations
 from .run import use_all_cores
 from .secondary import secondary_information
-from .trainer import close, create_accelerator, on_main, push_run, train
+from .trainer import close, create_accelerator, file_record, on_main, push_run, train
 
 __all__ = ['generation_config', 'train_generations']
 
@@ -47,6 +47,7 @@ def generation_config(config: TrainConfig, root: Path, number: int) -> TrainConf
     own = dict(
         output=str(root), experiment=f'generation{number}', seed=config.seed + number, generations=None, resume=None,
         push_to_hub=None,
+        recipe=f'{config.recipe or root.name}/generation{number}',
     )
     if number:
         own.update(teacher=str(root / f'generation{number - 1}'), patriarch='plain', eta=None)
@@ -64,7 +65,7 @@ def _refusal(config: TrainConfig, root: Path) -> Optional[str]:
         args = folder / 'args.yaml'
         if args.is_file():
             # the teacher's path changes with the folder of all generations
-            problem = recipe_problem(args, generation_config(config, root, number), incidental=('teacher',))
+            problem = recipe_problem(args, generation_config(config, root, number), incidental=('teacher',), moved=True)
             if problem:
                 return f'holds {folder.name} {problem}'
         elif folder.exists() and any(folder.iterdir()):
@@ -112,6 +113,8 @@ def train_generations(config: TrainConfig) -> Path:
             own = generation_config(config, root, number)
             train(dataclasses.replace(own, resume='auto'), accelerator)  # what was interrupted goes on
             accelerator.free_memory()
+        elif main:
+            file_record(config, folder, reporter)
         accelerator.wait_for_everyone()
         lineage = lineage or _Lineage(config, accelerator)
         lineage.add(folder)

@@ -29,6 +29,7 @@ from .loaders import Loaders, open_data
 from .meters import NonFiniteLossError, TermMeter
 from .metrics import evaluate_exits, exit_costs, exit_names
 from .multi_exit import MultiExit
+from .records import TimeSheet
 from .report import Reporter
 from .signals import Preempted, StopSignals
 from .state import is_sharded, put_back, take, whole_weights
@@ -153,6 +154,7 @@ class Run:
         self.rate = config.lr
         self.best: Dict[str, Any] = {}
         self.meter = TermMeter(self.device, config.grad_accum_steps)
+        self.times = TimeSheet(accelerator)
         create_folder(config, folder, accelerator)
 
     def _create_optimizer(self) -> torch.optim.Optimizer:
@@ -265,6 +267,7 @@ class Run:
             self.rate = self.optimizer.param_groups[0]['lr']
         self.loader.batch_sampler.set_epoch(self.epoch, self.step)
         batches = self.reporter.steps(readable(self.loader), len(self.loader), self.epoch)
+        self.times.lap()
         try:
             for images, target in batches:
                 images = images.to(self.device, non_blocking=True)
@@ -272,10 +275,12 @@ class Run:
                 if self.config.channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 if self.train_batch(images, target):
+                    self.times.lap(steps=1)
                     self._after_step()
         except DataError as e:
             self._give_up(e)
         self.wanted |= self.meter.check(self.accelerator, self.epoch, self._wishes())
+        self.times.lap(steps=0)  # the device has done them now
         self._after_step()
         return self.meter.means(self.accelerator)
 
@@ -323,11 +328,13 @@ class Run:
             return
         if self.meter.batches:
             self.meter.check(self.accelerator, self.epoch)
+        self.times.lap()
         state = dict(
             take(self.task, self.optimizer, self.accelerator),
             meter=self.meter.state(self.accelerator),
             at=dict(epoch=self.epoch, step=self.step, steps=self.steps, rate=self.rate, best=self.best),
             where=self._where(),
+            sittings=self.times.sittings(),
         )
         # a gradient may be bad where no term of the loss is
         bad = [name for name, w in state['model'].items() if not w.isfinite().all()]
@@ -341,6 +348,7 @@ class Run:
             except CheckpointError as e:
                 self.reporter.say(f'warning: {e} Training goes on.')
         self.last_checkpoint, self.checkpointed = time.monotonic(), self.steps
+        self.times.lap()
 
     def _where(self) -> Dict[str, Any]:
         """Return what the last digits depend on beside the settings."""
@@ -360,6 +368,7 @@ class Run:
             for name, value in state['at'].items():
                 setattr(self, name, value)
             self.checkpointed = self.steps
+            self.times.go_on(state.get('sittings', []))
             say(f'resume  {newest}: epoch {self.epoch + 1}, {self.step} of {self.steps_per_epoch} steps done')
             for name, now in self._where().items():
                 if state['where'][name] != now:

@@ -19,13 +19,14 @@ from .meters import NonFiniteLossError
 from .metrics import exit_table
 from .plots import plot_accuracy_against_compute
 from .push import HubError, check_destination, push_to_hub
+from .records import RECORD, append_record, make_record
 from .report import Reporter
 from .run import Run
 from .signals import StopSignals
 from .state import is_sharded
 from .trackers import start_trackers
 
-__all__ = ['close', 'create_accelerator', 'on_main', 'push_run', 'train']
+__all__ = ['close', 'create_accelerator', 'file_record', 'on_main', 'push_run', 'train']
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
@@ -57,7 +58,7 @@ def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Pat
     weights): `model.safetensors` and `config.json`, which `timm.create_model('local-dir:…', pretrained=True)` loads;
     `best/`, the same of the best epoch by the validation part; `checkpoints/`, from which `config.resume` goes on to
     the bit; `args.yaml`, `summary.csv` with a line an epoch, and in the end `README.md` (the model card),
-    `accuracy_vs_compute.png` and, last of all, `results.json`.
+    `accuracy_vs_compute.png`, `record.json` (the line for `config.results`) and, last of all, `results.json`.
 
     Args:
         config: The settings.
@@ -86,6 +87,8 @@ def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Pat
     else:
         with StopSignals() as signals:
             _train(Run(config, accelerator, folder, reporter, signals))
+    if main:
+        file_record(config, folder, reporter)
     if config.push_to_hub is not None:
         push_run(folder, config.push_to_hub, accelerator, reporter)
     if not shared:
@@ -123,6 +126,19 @@ def push_run(folder: Path, repo: str, accelerator: Accelerator, reporter: Report
         reporter.say(f'pushed  hf-hub:{at}, commit {commit[:12]}')
 
     on_main(accelerator, push)
+
+
+def file_record(config: TrainConfig, folder: Path, reporter: Reporter) -> None:
+    """Append a complete run to `config.results` if it is not there yet; of failing to a warning tells."""
+    if config.results is None:
+        return
+    try:
+        append_record(folder, Path(config.results))
+    except OSError as e:
+        reporter.say(
+            f'warning: --results {config.results}: {e.filename}: {e.strerror}. The run is complete; the same command '
+            f'with --experiment {folder.name} --resume auto tries to append it again.'
+        )
 
 
 def _train(run: Run) -> None:
@@ -180,6 +196,10 @@ def _finish(run: Run, watched: ImageSplit, metrics: Dict[str, Dict[str, Any]]) -
         plot_accuracy_against_compute(rows, title, run.folder / 'accuracy_vs_compute.png')
         if not is_sharded(run.accelerator):  # no process has the whole network then; the latency can be measured later
             write_latency(run.folder, run.model, run.data_config['input_size'], run.device)
+        run.times.lap()
+        record = make_record(
+            run.config, run.folder.name, run.data.name, split, rows, run.times.sittings(), run.steps)
+        (run.folder / RECORD).write_text(json.dumps(record, ensure_ascii=False) + '\n', encoding='utf-8')
         write_card(run.folder, results=results)
         beside = run.folder / '.results.json'  # written last and all at once, it says that the run is complete
         beside.write_text(json.dumps(results, indent=2), encoding='utf-8')
