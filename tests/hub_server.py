@@ -152,6 +152,7 @@ class Fault:
         cut: Close the connection after this many bytes: of the body of a download, which had promised the whole; of
             the request's body with POST and PUT, by a reset.
         corrupt: Change a byte: of the body of a download; of what is stored with PUT, so that verifying fails.
+        lost: Do what is asked, then close the connection by a reset, without an answer.
     """
     method: str
     pattern: str
@@ -161,6 +162,7 @@ class Fault:
     headers: Optional[Dict[str, str]] = None
     cut: Optional[int] = None
     corrupt: Optional[bool] = None
+    lost: Optional[bool] = None
 
 
 # What the metadata of a card must hold, '?' before what may be absent; patterns are for ids, one or a list.
@@ -526,7 +528,9 @@ class _Handler(BaseHTTPRequestHandler):
             answer = error.answer
         else:
             answer = hub.answer(self.command, self.path, self.headers, body, bool(fault.corrupt))
-        hub.requests.append((self.command, self.path, answer.status))  # before the client can ask
+        hub.requests.append((self.command, self.path, 0 if fault.lost else answer.status))  # before the client can ask
+        if fault.lost:
+            return self.reset()
         self.send_response_only(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import timm
+import torch
 import torch.nn as nn
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -13,6 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from timm.models import PretrainedCfg
 from timm.models._hub import load_model_config_from_path
 
 from .untrusted import (
@@ -21,6 +23,7 @@ from .untrusted import (
     WeightsError,
     build_skeleton,
     check_config,
+    check_memory,
     check_weights,
     read_config,
 )
@@ -52,7 +55,7 @@ def organisation() -> str:
 
 
 def no_weights(name: str, where: str = '') -> RuntimeError:
-    """Return the error that says what to do where nothing is published."""
+    """Return the error that says what to do where there are no weights; `where` says where they were looked for."""
     return RuntimeError(
         f'No multi-exit weights are published for {name}{where}. Use backbone_pretrained=True for timm\'s own weights '
         f'in the backbone and new exits; "hf-hub:<org>/<name>" or "local-dir:<folder>" as the name of the model, '
@@ -101,15 +104,15 @@ def resolve_weights(
         except RepositoryNotFoundError as e:
             raise no_weights(name, f' at {where}, or they are private and your token does not open them') from e
         except LocalEntryNotFoundError as e:
-            raise no_weights(name, f' in the cache as {where}, and the Hub was not asked or cannot be reached') from e
+            problem = f' that can be had now: {where} is not in the cache, and the Hub was not asked or not reached'
+            raise no_weights(name, problem) from e
         if architecture != name:
             raise WeightsError(f'{where}: {CONFIG_NAME} is of {architecture}: expected {name}.')
         cfg['tag'] = given
     else:
         return kwargs
-    if pretrained:
-        path = fetch_weights(cfg, where, cache_dir)
-        _check_fit(base, path, saved, lambda **args: build(base, False, pretrained_cfg=cfg, **args), where)
+    path = fetch_weights(cfg, where, cache_dir) if pretrained else None
+    _check_fit(base, path, cfg, saved, lambda **args: build(base, False, pretrained_cfg=cfg, **args), where)
     return {**saved, **kwargs, 'pretrained_cfg': cfg, 'pretrained_model_args': saved}
 
 
@@ -140,24 +143,27 @@ def read_source(where: str, cache_dir: Optional[str] = None) -> Tuple[Dict[str, 
     Raises:
         FileNotFoundError: The folder has no config, or the Hub cannot be asked and the cache does not know.
         RepositoryNotFoundError: There is no such repository, or it is private.
-        WeightsError: The config cannot be used, or the repository has none.
+        WeightsError: The config cannot be used or was damaged on its way, or the repository has none.
     """
     source, _, place = where.partition(':')
     folder = Path(place)
     if source == 'hf-hub':
         repo, _, revision = place.partition('@')
         try:
-            folder = Path(hf_hub_download(repo, CONFIG_NAME, revision=revision or None, cache_dir=cache_dir)).parent
+            config = Path(hf_hub_download(repo, CONFIG_NAME, revision=revision or None, cache_dir=cache_dir))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as e:
             raise WeightsError(f'{where}: there is no {CONFIG_NAME}.') from e
         except RevisionNotFoundError as e:
             raise WeightsError(f'{where}: the repository has no branch, tag or commit {revision}.') from e
+        _check_sum(config, where)
+        folder = config.parent
     elif not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f'{where}: there is no {CONFIG_NAME}.')
     read_config(folder / CONFIG_NAME, where)
     cfg, architecture, saved = load_model_config_from_path(folder)
+    check_config(cfg, saved, where)  # what timm made of it, which may be an older format of its own
     if source == 'hf-hub':
         cfg.update(source=source, hf_hub_id=place, file=None)
     return cfg, architecture, saved
@@ -182,8 +188,11 @@ def fetch_weights(cfg: Dict[str, Any], where: str, cache_dir: Optional[str] = No
         return path
     repo, _, revision = cfg['hf_hub_id'].partition('@')
     config = try_to_load_from_cache(repo, CONFIG_NAME, cache_dir=cache_dir, revision=revision or None)
-    # of the config's commit, whatever becomes of the branch meanwhile; the cache keeps each in a folder of that name
-    revision = Path(config).parent.name if isinstance(config, str) else revision or None
+    revision = revision or None
+    if isinstance(config, str):
+        _check_sum(Path(config), where)  # timm may have read it, which does not look
+        # of the config's commit, whatever becomes of the branch meanwhile; the cache keeps each in a folder so named
+        revision = Path(config).parent.name
     try:
         path = Path(hf_hub_download(repo, WEIGHTS_NAME, revision=revision, cache_dir=cache_dir))
     except LocalEntryNotFoundError:
@@ -204,8 +213,8 @@ def _check_sum(path: Path, where: str) -> None:
     with blob.open('rb') as f:
         found = {64: lambda: sha_fileobj(f).hex(), 40: lambda: git_hash(f.read())}.get(len(blob.name), lambda: None)()
     if found is not None and found != blob.name:
-        blob.unlink()
-        path.unlink()
+        for file in (blob, path):
+            file.unlink(missing_ok=True)  # another process may have found it out as well
         raise WeightsError(
             f'{where}: {path.name} was damaged on its way, its checksum is {found[:12]}... where {blob.name[:12]}... '
             f'was announced. It is out of the cache again; try once more.'
@@ -214,25 +223,28 @@ def _check_sum(path: Path, where: str) -> None:
 
 def _check_fit(
         base: str,
-        path: Path,
+        path: Optional[Path],
+        cfg: Dict[str, Any],
         saved: Dict[str, Any],
         build: Callable[..., nn.Module],
         where: str,
 ) -> None:
-    """Check that weights are those of the network that a config describes."""
-    skeleton = build_skeleton(lambda: build(**saved), where)
-    check_weights(path, skeleton, where)
+    """Check that the network that a config describes can be built, and that the weights, if asked for, are its own."""
+    with torch.device('meta'):
+        usual = timm.create_model(base)
+    # of the tensors that are made on the way: some layers are made twice, and exits come on top
+    most = 4 * len(list(usual.parameters())) + 1000
+    skeleton = build_skeleton(lambda: build(**saved), where, most)
+    # timm would drop classifiers of other sizes, and put random ones in their place
+    classes = cfg.get('num_classes', PretrainedCfg.num_classes)
+    if classes != skeleton.num_classes or cfg.get('label_offset'):
+        raise WeightsError(
+            f'{where}: {CONFIG_NAME} has num_classes = {classes:,}, label_offset = {cfg.get("label_offset")}: expected '
+            f'the {skeleton.num_classes:,} classes of the network that it describes, and no offset.'
+        )
+    if path is not None:
+        check_weights(path, skeleton, where)
     if saved.get('truncate') is not None:
         # it is cut out of a whole network, of whose size the weights say nothing
-        whole = build_skeleton(lambda: build(**dict(saved, truncate=None)), where)
-        usual = build_skeleton(lambda: timm.create_model(base), where)
-        most = 2 * _parameters(usual) + 4 * _parameters(skeleton)
-        if _parameters(whole) > most:
-            raise WeightsError(
-                f'{where}: {CONFIG_NAME} describes an exit of a network of {_parameters(whole):,} parameters, where '
-                f'{base} has {_parameters(usual):,}.'
-            )
-
-
-def _parameters(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
+        skeleton = build_skeleton(lambda: build(**dict(saved, truncate=None)), where, most)
+    check_memory(skeleton, usual, path, where)

@@ -1,10 +1,12 @@
 """Puts complete runs on the Hugging Face Hub, whole or cut off at an exit."""
+import json
 import re
 import shutil
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Optional, Tuple, TypeVar, Union
+from typing import Callable, Iterator, Optional, Tuple, TypeVar, Union
 
 import torch
 import yaml
@@ -30,6 +32,11 @@ AUTO = 'auto'
 _PAUSES = (1., 2., 4., 8., 16.)
 # Request timeout, conflict and failed precondition (somebody else has pushed meanwhile), too many requests.
 _PASSING = (408, 409, 412, 429)
+
+# What a run's folder holds besides the weights that is published as it is, and, of a whole network only, the rule of
+# early exit; not the picture that shows images of the data.
+_FIGURES = ('results.json', LATENCY_NAME, 'summary.csv', 'accuracy_vs_compute.png')
+_RULE_FIGURES = ('early_exit.json', 'early_exit.csv', 'early_exit.png')
 
 _T = TypeVar('_T')
 
@@ -81,7 +88,7 @@ def _explain(error: Exception, what: str) -> HubError:
         404: 'there is no such repository, organisation or revision, or your token does not open it',
         429: 'it has had too many requests: try again later',
     }
-    if isinstance(error, LocalTokenNotFoundError):
+    if isinstance(error, (LocalTokenNotFoundError, UnicodeError)):  # the latter of a token that is none
         reason = reasons[401]
     elif status is None:
         reason = f'it cannot be reached at {constants.ENDPOINT}'
@@ -98,7 +105,7 @@ def _account() -> str:
     """
     try:
         user = _persistently(HfApi().whoami)['name']
-    except (HTTPError, OSError, RuntimeError) as e:
+    except (HTTPError, OSError, RuntimeError, ValueError) as e:
         raise _explain(e, 'Nothing can be pushed') from e
     return given_organisation() or user
 
@@ -128,10 +135,38 @@ def check_destination(repo: str) -> None:
     _account()
 
 
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Look at the files of a run, and make a ConfigError of whatever damaged ones lead to."""
+    if not is_complete(folder):
+        raise ConfigError(
+            f'--checkpoint {folder}: expected the folder of a run that has come to its end, with a results.json.')
+    for name in ('args.yaml', CONFIG_NAME, 'results.json', LATENCY_NAME, 'early_exit.json'):
+        if not (folder / name).is_file():
+            continue
+        try:
+            text = (folder / name).read_text(encoding='utf-8')
+            content = yaml.safe_load(text) if name == 'args.yaml' else json.loads(text)
+        except (OSError, ValueError, yaml.YAMLError) as e:
+            raise ConfigError(f'--checkpoint {folder}: {name} cannot be read: {" ".join(str(e).split())}') from e
+        if not isinstance(content, dict) or not content:
+            raise ConfigError(f'--checkpoint {folder}: {name} holds nothing: expected what a run writes.')
+    try:
+        yield
+    except (ConfigError, HubError):
+        raise
+    except OSError as e:
+        raise ConfigError(f'--checkpoint {folder}: {e}') from e
+    except Exception as e:  # of files that can be read, but are not what a run writes
+        raise ConfigError(
+            f'--checkpoint {folder}: its files are not those of a complete run: {type(e).__name__}: {e}') from e
+
+
 def _automatic_name(folder: Path) -> str:
-    run = describe_run(folder)
-    words = f'{run["settings"]["method"]}_{run["dataset"].rpartition("/")[2]}'
-    return f'{_account()}/{run["architecture"]}.{re.sub("[^A-Za-z0-9_]", "_", words)}'
+    with _reading(folder):
+        run = describe_run(folder)
+        words = f'{run["settings"]["method"]}_{run["dataset"].rpartition("/")[2]}'
+        return f'{_account()}/{run["architecture"]}.{re.sub("[^A-Za-z0-9_]", "_", words)}'
 
 
 def stage(
@@ -154,10 +189,7 @@ def stage(
         ConfigError: The run is not complete, its weights cannot be used, or it has no such exit.
     """
     folder, destination = Path(folder), Path(destination)
-    if not is_complete(folder):
-        raise ConfigError(
-            f'--checkpoint {folder}: expected the folder of a run that has come to its end, with a results.json.')
-    try:
+    with _reading(folder):
         model, _ = load_checkpoint(str(folder))  # what cannot be loaded is not published
         if exit is None:
             for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -171,10 +203,7 @@ def stage(
             save_model(cut, destination, resolve_data_config(model=model), run['config'].get('label_names'))
         if not (folder / LATENCY_NAME).is_file():  # kept, so that the next push is the same
             write_latency(folder, model, resolve_data_config(model=model)['input_size'], torch.device('cpu'))
-        figures = ['results.json', LATENCY_NAME, 'summary.csv', 'accuracy_vs_compute.png']
-        if exit is None:
-            figures += ['early_exit.json', 'early_exit.csv', 'early_exit.png', 'first_and_last.png']
-        for name in figures:
+        for name in (*_FIGURES, *(_RULE_FIGURES if exit is None else ())):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, destination / name)
         settings = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
@@ -182,8 +211,6 @@ def stage(
         (destination / 'args.yaml').write_text(text, encoding='utf-8')
         write_card(destination, source, dataset_id)
         write_eval_results(destination, dataset_id)
-    except OSError as e:
-        raise ConfigError(f'--checkpoint {folder}: {e}') from e
 
 
 def _validate_card(path: Path) -> None:
@@ -207,9 +234,10 @@ def _send(staged: Path, repo: str, public: bool, revision: Optional[str]) -> str
         api.create_branch(repo, branch=revision, exist_ok=True)
     head = api.model_info(repo, revision=revision).sha
     words = Path(repo).name
-    # one commit or none: what is on the Hub is at no time half of this
+    # one commit or none: what is on the Hub is at no time half of this, nor half of another run that was there
     return api.upload_folder(
         repo_id=repo, folder_path=staged, revision=revision, parent_commit=head, commit_message=f'Weights of {words}',
+        delete_patterns=[*_FIGURES, *_RULE_FIGURES],
     ).oid
 
 
@@ -223,7 +251,8 @@ def push_to_hub(
 ) -> Tuple[str, str]:
     """Put a complete run on the Hub: weights, config, card, pictures, figures and settings, all in one commit.
 
-    What is there already is not sent again; if nothing is new there is no commit. Other files of the repository stay.
+    What is there already is not sent again; if nothing is new there is no commit. Figures of an earlier run
+    that this one does not have go from the repository; other files stay.
 
     Args:
         folder: The run's.
