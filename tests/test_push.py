@@ -131,8 +131,8 @@ def test_all_that_describes_the_run_is_pushed_and_nothing_of_the_machine(run, hu
     files = hub.files('org/test_resnet_sd')
     assert set(files) == {
         '.gitattributes', 'README.md', 'accuracy_vs_compute.png', 'args.yaml', 'config.json', 'early_exit.csv',
-        'early_exit.json', 'early_exit.png', 'latency.json', 'model.safetensors',
-        'results.json', 'summary.csv'}
+        'early_exit.json', 'early_exit.png', 'latency.json', 'model.safetensors', 'record.json', 'results.json',
+        'summary.csv'}
     for name in set(files) - {'.gitattributes', 'README.md', 'args.yaml'}:
         assert files[name] == (run / name).read_bytes(), name
     settings = yaml.safe_load(files['args.yaml'])

@@ -12,6 +12,7 @@ from .build import resolve_model_name
 from .config import INCIDENTAL, TrainConfig
 from .data import data_name
 from .latency import LATENCY_NAME
+from .records import RECORD
 from .wrapper import SUFFIX
 
 __all__ = ['CARD_TEMPLATE', 'describe_run', 'public_settings', 'write_card', 'write_eval_results']
@@ -66,7 +67,8 @@ def describe_run(folder: Path, results: Optional[Dict[str, Any]] = None) -> Dict
 
     Returns:
         `config` (timm's), `architecture`, `settings`, `dataset` (its name), `dataset_id` (on the Hub, None where the
-        run read a local copy), `results`, and, None where they are missing, `latency` and `early_exit`.
+        run read a local copy), `results`, and, None where they are missing, `latency`, `early_exit`
+        and `record`.
 
     Raises:
         OSError: A file is missing.
@@ -84,6 +86,7 @@ def describe_run(folder: Path, results: Optional[Dict[str, Any]] = None) -> Dict
         results=results or json.loads((folder / 'results.json').read_text(encoding='utf-8')),
         latency=_read(folder / LATENCY_NAME),
         early_exit=_read(folder / 'early_exit.json'),
+        record=_read(folder / RECORD),
     )
 
 
@@ -170,6 +173,7 @@ def write_card(
         split=split,
         rows=rows,
         latency=run['latency'],
+        record=run['record'],
         early_exit=early_exit,
         pictures=sorted(path.name for path in folder.glob('*.png')),
         config=settings,

@@ -21,6 +21,7 @@ from .folders import is_complete
 from .hub import load_checkpoint, save_model
 from .latency import LATENCY_NAME, write_latency
 from .pretrained import given_organisation
+from .records import RECORD
 from .untrusted import CONFIG_NAME, WEIGHTS_NAME
 
 __all__ = ['AUTO', 'HubError', 'check_destination', 'push_to_hub', 'stage']
@@ -35,7 +36,7 @@ _PASSING = (408, 409, 412, 429)
 
 # What a run's folder holds besides the weights that is published as it is, and, of a whole network only, the rule of
 # early exit; not the picture that shows images of the data.
-_FIGURES = ('results.json', LATENCY_NAME, 'summary.csv', 'accuracy_vs_compute.png')
+_FIGURES = ('results.json', LATENCY_NAME, RECORD, 'summary.csv', 'accuracy_vs_compute.png')
 _RULE_FIGURES = ('early_exit.json', 'early_exit.csv', 'early_exit.png')
 
 _T = TypeVar('_T')
@@ -141,7 +142,7 @@ def _reading(folder: Path) -> Iterator[None]:
     if not is_complete(folder):
         raise ConfigError(
             f'--checkpoint {folder}: expected the folder of a run that has come to its end, with a results.json.')
-    for name in ('args.yaml', CONFIG_NAME, 'results.json', LATENCY_NAME, 'early_exit.json'):
+    for name in ('args.yaml', CONFIG_NAME, 'results.json', LATENCY_NAME, RECORD, 'early_exit.json'):
         if not (folder / name).is_file():
             continue
         try:
