@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import write_two_colours
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from timm.models import register_model
@@ -235,7 +236,11 @@ def test_push_to_hub_takes_a_name_or_none():
 @pytest.mark.slow
 def test_training_pushes_at_its_end(hub, tmp_path):
     environment = hub.env(tmp_path / 'home', 'hf_writer')
-    train_py = [RECIPES / 'train.py', '--model', 'test_resnet', '--epochs', '1', '--output', tmp_path, '--push-to-hub']
+    (tmp_path / 'data').mkdir()
+    write_two_colours(tmp_path / 'data')
+    train_py = [
+        RECIPES / 'train.py', '--model', 'test_resnet', '--epochs', '1', '--data-dir', tmp_path / 'data',
+        '--label-column', 'fine', '--output', tmp_path, '--push-to-hub']
     for generations in ([], ['--generations', '1', '--experiment', 'family']):
         python(environment, *train_py, 'org/trained', *generations)
         pushed = hub.files('org/trained')

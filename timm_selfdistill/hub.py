@@ -7,7 +7,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 import timm
 import torch
 import torch.nn as nn
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
@@ -97,7 +97,7 @@ def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
     """
     try:
         model, path = load_network(checkpoint)
-    except (OSError, RuntimeError, ValueError) as e:
+    except (HTTPError, OSError, RuntimeError, ValueError) as e:
         raise ConfigError(f'--checkpoint {checkpoint}: {e}') from e
     if not isinstance(model, MultiExit):
         raise ConfigError(f'--checkpoint {checkpoint}: {type(model).__name__} is a network without exits.')

@@ -51,4 +51,6 @@ def measure_latency(model: MultiExit, input_size: Tuple[int, int, int], device: 
 def write_latency(folder: Path, model: MultiExit, input_size: Tuple[int, int, int], device: torch.device) -> None:
     """Write what `measure_latency` returns into the folder of a run."""
     text = json.dumps(measure_latency(model, input_size, device), indent=2)
-    (folder / LATENCY_NAME).write_text(text, encoding='utf-8')
+    beside = folder / f'.{LATENCY_NAME}'
+    beside.write_text(text, encoding='utf-8')
+    beside.replace(folder / LATENCY_NAME)
