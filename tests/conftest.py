@@ -1,3 +1,4 @@
+import collections
 import os
 
 # No test may reach for the Hub; set before huggingface_hub is imported.
@@ -19,6 +20,12 @@ from PIL import Image
 import timm_selfdistill  # noqa: F401  registers the names
 
 datasets.disable_progress_bars()
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that have most of the slow tests, so that all worker processes end at about one time."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker('slow'))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)
