@@ -302,7 +302,8 @@ def test_a_push_outlives_what_passes_wherever_it_happens(hub, push, run, whole, 
         hub.fault(*ROUTES[route], status=status)
     done = push(run)
     assert done.status == 0, done.err
-    assert sorted(asked(hub, *ROUTES[route])[:5]) == [408, 429, 500, 502, 503] and len(done.waits) >= 3
+    # several files are uploaded at a time, so others may be through before
+    assert {408, 429, 500, 502, 503} <= set(asked(hub, *ROUTES[route])) and len(done.waits) >= 3
     assert hub.files(REPO) == whole and len(hub.commits(REPO)) == 2
     assert f'{hub.url}/{REPO}/tree/{hub.commits(REPO)[-1]}' in done.out
 
@@ -410,7 +411,7 @@ def test_a_lost_answer_is_asked_for_again(hub, push, run, whole):
         hub.fault(*ROUTES[route], lost=True)
     done = push(run)
     assert done.status == 0, done.err
-    assert all(asked(hub, *ROUTES[route])[0] == 0 for route in ('create', 'put', 'verify', 'commit'))
+    assert all(0 in asked(hub, *ROUTES[route]) for route in ('create', 'put', 'verify', 'commit'))
     assert hub.files(REPO) == whole and len(hub.commits(REPO)) == 2, 'it was committed once'
     assert hub.commits(REPO)[-1] in done.out
 
