@@ -190,7 +190,8 @@ def test_a_card_says_what_was_measured(run):
     results = [(r.metric_name, r.metric_value) for r in card.data.eval_results]
     rows = json.loads((run / 'results.json').read_text())['test']
     assert results == [(f'top-1 of {row["exit"]}', pytest.approx(row['top1'] / 100, abs=1e-6)) for row in rows]
-    assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0' and card.data.base_model is None
+    metadata = card.data.to_dict()
+    assert metadata['library_name'] == 'timm' and metadata['license'] == 'apache-2.0' and 'base_model' not in metadata
     assert 'seed 42' in card.text and '1905.08094' in card.text and '1805.05551' in card.text
     assert 'chosen on 183 images of digits' in card.text and 'early_exit.png' in card.text
     thresholds = json.loads((run / 'config.json').read_text())['model_args']['early_exit']['thresholds']
@@ -211,11 +212,14 @@ def test_a_card_names_the_weights_that_training_began_with(run, tmp_path):
     assert 'on pets' in card.text and 'taught by generation0' in card.text and 'secret' not in card.content
     shown = public_settings(dict(settings, teacher='hf-hub:org/big', dataset='org/data'))
     assert (shown['teacher'], shown['dataset']) == ('hf-hub:org/big', 'org/data')
+    for place in ('/secret/place/pets', './pets', '~/pets', str(tmp_path / 'pets')):
+        assert public_settings(dict(settings, dataset=place))['dataset'] == 'pets'
 
 
 def test_the_card_of_the_family_has_metadata_that_the_client_reads():
     card = ModelCard.load(RECIPES.parent / 'MODEL_CARD.md')
-    assert (card.data.library_name, card.data.license) == ('timm', 'apache-2.0') and 'timm' in card.data.tags
+    metadata = card.data.to_dict()
+    assert (metadata['library_name'], metadata['license']) == ('timm', 'apache-2.0') and 'timm' in metadata['tags']
 
 
 def test_only_complete_runs_are_staged(run, tmp_path):

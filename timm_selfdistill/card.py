@@ -45,6 +45,9 @@ def public_settings(settings: Dict[str, Any]) -> Dict[str, Any]:
         value = public.get(key)
         if value and not value.startswith('hf-hub:'):
             public[key] = Path(value.removeprefix('local-dir:')).name
+    dataset = public.get('dataset')  # the datasets library takes a folder there as well as an id on the Hub
+    if dataset and (dataset.startswith(('.', '~')) or Path(dataset).is_absolute() or Path(dataset).is_dir()):
+        public['dataset'] = Path(dataset).name
     return public
 
 
@@ -67,8 +70,7 @@ def describe_run(folder: Path, results: Optional[Dict[str, Any]] = None) -> Dict
 
     Returns:
         `config` (timm's), `architecture`, `settings`, `dataset` (its name), `dataset_id` (on the Hub, None where the
-        run read a local copy), `results`, and, None where they are missing, `latency`, `early_exit`
-        and `record`.
+        run read a local copy), `results`, and, None where they are missing, `latency`, `early_exit` and `record`.
 
     Raises:
         OSError: A file is missing.
