@@ -56,6 +56,11 @@ def test_baselines_are_trained_like_what_they_stand_beside(network, recipe):
         assert row(network, name, recipe).method == method
 
 
+def test_the_packaged_network_has_a_baseline_trained_like_it():
+    packaged, plain = (read(f'cifar100/resnet20_packaged{kind}').settings() for kind in ('', '_plain'))
+    assert packaged['method'] == 'byot' and {**packaged, 'method': 'plain'} == plain
+
+
 @pytest.mark.parametrize('network', ['resnet110', 'densenet100_12'])
 def test_lines_of_generations_differ_in_their_patriarch(network):
     plain, tolerant = (row(network, f'generations{kind}') for kind in ('', '_tsd'))
@@ -69,7 +74,7 @@ def test_the_driver_takes_every_row_once():
     blocks = runpy.run_path(str(RECIPES / 'run_rows.py'))['find_rows'](())
     taken = [path.stem for block in blocks for path in block]
     assert len(taken) == len(set(taken))
-    assert set(taken) == {path.stem for path in ROWS} - {'resnet20_packaged'}
+    assert set(taken) == {path.stem for path in ROWS} - {'resnet20_packaged', 'resnet20_packaged_plain'}
     assert taken[:6] == [f'resnet18_{method}{recipe}' for recipe in ('', '_later') for method in METHODS]
     assert max(map(taken.index, ('resnet50_plain', 'resnet50_byot_later'))) < taken.index('resnet110_generations')
 
