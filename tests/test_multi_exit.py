@@ -366,7 +366,6 @@ def test_every_name_of_timm_is_registered():
     plain = [n for n in names if not n.endswith('_sd')]
     assert len(plain) >= 1371
     assert {f'{n}_sd' for n in plain} == {n for n in names if n.endswith('_sd')}
-    assert timm.list_pretrained('*_sd') == []
 
 
 def test_importing_is_cheap():

@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows; there two runs that end at the same moment may cost a line
     fcntl = None
 
-__all__ = ['RECORD', 'TimeSheet', 'append_record', 'make_record']
+__all__ = ['RECORD', 'TimeSheet', 'append_record', 'exit_figures', 'make_record']
 
 RECORD = 'record.json'
 
@@ -92,6 +92,22 @@ class TimeSheet:
         self._before = sittings
 
 
+def exit_figures(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """Return the figures of a record: those of every exit and of the ensemble.
+
+    Args:
+        rows: What `metrics.exit_table` returned.
+    """
+    *exits, ensemble = rows
+    return dict(
+        shares=[round(row['share'], 4) for row in exits],
+        top1=[round(row['top1'], 4) for row in exits],
+        ensemble_top1=round(ensemble['top1'], 4) if len(exits) > 1 else None,
+        ece=[round(row['ece'], 4) for row in exits],
+        ensemble_ece=round(ensemble['ece'], 4) if len(exits) > 1 else None,
+    )
+
+
 def make_record(
         config: TrainConfig,
         name: str,
@@ -120,7 +136,6 @@ def make_record(
         `finished`, the date (UTC); `settings`, all that the result depends on. Nothing in it names user, machine or
         folders.
     """
-    *exits, ensemble = rows
     known = sum(s['steps'] for s in sittings) == steps
     seconds, training = (sum(s[key] for s in sittings) for key in ('seconds', 'training'))
     settings = {k: v for k, v in config.settings().items() if k not in INCIDENTAL | _PLACES}
@@ -135,11 +150,7 @@ def make_record(
         method=config.method,
         seed=config.seed,
         epochs=config.epochs,
-        shares=[round(row['share'], 4) for row in exits],
-        top1=[round(row['top1'], 4) for row in exits],
-        ensemble_top1=round(ensemble['top1'], 4) if len(exits) > 1 else None,
-        ece=[round(row['ece'], 4) for row in exits],
-        ensemble_ece=round(ensemble['ece'], 4) if len(exits) > 1 else None,
+        **exit_figures(rows),
         hours=round(seconds / 3600, 4) if known else None,
         images_per_second=round(steps * config.batch_size / training, 1) if known and training else None,
         **{key: ', then '.join(dict.fromkeys(str(s[key]) for s in sittings)) for key in where},

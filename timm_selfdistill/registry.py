@@ -3,6 +3,7 @@ import dataclasses
 import sys
 import warnings
 from collections import deque
+from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import timm
@@ -164,4 +165,11 @@ def register_pretrained(name: str, source: Optional[str] = None, **cfg: Any) -> 
         register_model(getattr(sys.modules[__name__], variant))
 
 
+def register_packaged() -> None:
+    """Register the weights that come with the package."""
+    for folder in sorted((Path(__file__).parent / 'weights').glob('*')):
+        register_pretrained(folder.name, f'local-dir:{folder}')
+
+
 register_all()
+register_packaged()
