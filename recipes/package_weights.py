@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Put the weights of a run into the package, in half precision and measured as they are there.
 
-`python recipes/package_weights.py --checkpoint RUN --name resnet20_cifar_sd.byot_cifar100 --budget 0.7`
+`python recipes/package_weights.py --checkpoint RUN --name resnet20_cifar_sd.byot_cifar100 --budget 0.8`
 """
 import dataclasses
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -24,9 +25,8 @@ from timm_selfdistill.metrics import evaluate_exits, exit_costs, exit_table
 from timm_selfdistill.plots import plot_accuracy_against_compute
 from timm_selfdistill.push import stage
 from timm_selfdistill.records import RECORD, append_record, exit_figures
-from timm_selfdistill.untrusted import WEIGHTS_NAME
+from timm_selfdistill.untrusted import CONFIG_NAME, WEIGHTS_NAME
 
-RESULTS = Path(__file__).parent / 'results' / 'cifar100.jsonl'
 LARGEST = 3 * 10 ** 6  # bytes; the package is downloaded by everybody
 
 
@@ -42,6 +42,10 @@ class PackageConfig:
     """Multiply-adds that an image may take in the mean, as a share of the plain network's, for the thresholds."""
     dataset: Optional[str] = None
     """Hub id of the data set, for the card."""
+    output: str = str(Path(timm_selfdistill.__file__).parent / 'weights')
+    """Folder that they get a folder in, under their name; what is there of this name is replaced."""
+    results: str = str(Path(__file__).parent / 'results' / 'cifar100.jsonl')
+    """File of JSON lines that the run's line goes to, with the figures measured here."""
 
 
 def halve(weights: Path) -> None:
@@ -52,12 +56,15 @@ def halve(weights: Path) -> None:
 
 def main() -> None:
     config = tyro.cli(PackageConfig)
-    destination = Path(timm_selfdistill.__file__).parent / 'weights' / config.name
-    if not is_complete(Path(config.checkpoint)):
+    run, destination = Path(config.checkpoint), Path(config.output, config.name)
+    if not (is_complete(run) and (run / RECORD).is_file()):
         raise ConfigError(f'--checkpoint {config.checkpoint}: expected the folder of a run that has come to its end.')
+    architecture = json.loads((run / CONFIG_NAME).read_text(encoding='utf-8'))['architecture']
+    if not re.fullmatch(re.escape(architecture) + r'\.\w+', config.name):
+        raise ConfigError(f'--name {config.name}: expected {architecture}.<tag>, the tag of letters, digits and _.')
     with tempfile.TemporaryDirectory() as folder:
         work, staged = Path(folder, config.name), Path(folder, 'staged')
-        shutil.copytree(config.checkpoint, work, ignore=shutil.ignore_patterns('best', 'checkpoints', 'early_exit*'))
+        shutil.copytree(run, work, ignore=shutil.ignore_patterns('best', 'checkpoints', 'early_exit*'))
         halve(work / WEIGHTS_NAME)
         network = open_network(str(work), EvaluationConfig())
         costs, results = exit_costs(network.model), {}
@@ -83,7 +90,7 @@ def main() -> None:
             raise ConfigError(f'--checkpoint {config.checkpoint}: {size:,} bytes, {LARGEST:,} at most are packaged.')
         shutil.rmtree(destination, ignore_errors=True)
         shutil.copytree(staged, destination)
-        append_record(work, RESULTS)
+        append_record(work, Path(config.results))
     print(f'{destination}: {size:,} bytes')
 
 

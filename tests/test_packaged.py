@@ -1,16 +1,22 @@
 """The weights that come with the package."""
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 import timm_selfdistill
+from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.data import load_image_data
 from timm_selfdistill.evaluation import EvaluationConfig, TrainedNetwork
 from timm_selfdistill.metrics import evaluate_exits
+from timm_selfdistill.trainer import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -55,6 +61,42 @@ def test_the_cards_example_runs_as_pasted(capsys):
     code, = examples((FOLDER / 'README.md').read_text(encoding='utf-8'))
     exec(code, {})
     assert capsys.readouterr().out.split('\n')[-2] in LABELS
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('runs')
+    return train(TrainConfig(model='test_resnet', exits=(2, 3), epochs=1, output=str(folder), experiment='digits'))
+
+
+def package(monkeypatch, run, name, output):
+    script = ROOT / 'recipes' / 'package_weights.py'
+    monkeypatch.setattr(sys, 'argv', [
+        str(script), '--checkpoint', str(run), '--name', name, '--budget', '0.97', '--output', str(output / 'weights'),
+        '--results', str(output / 'rows.jsonl')])
+    runpy.run_path(str(script), run_name='__main__')
+
+
+def test_a_run_is_packaged_as_it_is_measured(run, monkeypatch, tmp_path):
+    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    package(monkeypatch, run, 'test_resnet_sd.byot_digits', tmp_path)
+    assert {path: path.read_bytes() for path in run.rglob('*') if path.is_file()} == before
+    folder = tmp_path / 'weights' / 'test_resnet_sd.byot_digits'
+    assert {t.dtype for t in load_file(folder / 'model.safetensors').values()} == {torch.float16, torch.int64}
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert set(timm_selfdistill.EarlyExit(model).rule.thresholds) != {None}
+    row, = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]
+    said = json.loads((folder / 'results.json').read_text())['test']
+    assert row['top1'] == pytest.approx([exit['top1'] for exit in said[:-1]], abs=1e-3)
+    assert str(tmp_path) not in (folder / 'README.md').read_text() + (folder / 'args.yaml').read_text()
+
+
+@pytest.mark.parametrize('name', ['test_resnet_sd', 'resnet50_sd.byot', 'test_resnet_sd.a/../../b', '../weights'])
+def test_a_name_that_is_not_the_networks_is_refused(run, name, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        package(monkeypatch, run, name, tmp_path)
+    assert f'--name {name}: expected test_resnet_sd.<tag>' in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def _cifar100():
