@@ -298,12 +298,13 @@ def assert_nothing_new(hub, before=None):
 
 @pytest.mark.parametrize('route', ROUTES)
 def test_a_push_outlives_what_passes_wherever_it_happens(hub, push, run, whole, route):
-    for status in (500, 502, 503, 429, 408):
+    faults = [408, 429, 500, 502, 503]
+    for status in faults[::-1]:
         hub.fault(*ROUTES[route], status=status)
     done = push(run)
     assert done.status == 0, done.err
     # several files are uploaded at a time, so others may be through before
-    assert {408, 429, 500, 502, 503} <= set(asked(hub, *ROUTES[route])) and len(done.waits) >= 3
+    assert sorted(s for s in asked(hub, *ROUTES[route]) if s in faults) == faults and len(done.waits) >= 3
     assert hub.files(REPO) == whole and len(hub.commits(REPO)) == 2
     assert f'{hub.url}/{REPO}/tree/{hub.commits(REPO)[-1]}' in done.out
 
@@ -411,7 +412,10 @@ def test_a_lost_answer_is_asked_for_again(hub, push, run, whole):
         hub.fault(*ROUTES[route], lost=True)
     done = push(run)
     assert done.status == 0, done.err
-    assert all(0 in asked(hub, *ROUTES[route]) for route in ('create', 'put', 'verify', 'commit'))
+    for route in ('create', 'put', 'verify', 'commit'):
+        statuses = asked(hub, *ROUTES[route])
+        # several files are uploaded at a time, so others may be through before
+        assert statuses.count(0) == 1 and (route in ('put', 'verify') or statuses[0] == 0), route
     assert hub.files(REPO) == whole and len(hub.commits(REPO)) == 2, 'it was committed once'
     assert hub.commits(REPO)[-1] in done.out
 

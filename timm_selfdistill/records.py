@@ -97,6 +97,10 @@ def exit_figures(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
 
     Args:
         rows: What `metrics.exit_table` returned.
+
+    Returns:
+        Of every exit, shallow to deep, `shares` (of the plain network's multiply-adds), `top1` and `ece` (percent), and
+        `ensemble_top1` and `ensemble_ece`, None for a network of one exit.
     """
     *exits, ensemble = rows
     return dict(
