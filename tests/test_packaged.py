@@ -48,9 +48,8 @@ def test_readmes_examples_run_as_pasted(capsys):
     # all but those with a repository of the reader's own, or in a folder that was exported
     own = [code for code in examples(README) if 'hf-hub:' not in code and 'staged_session' not in code]
     assert sum('EarlyExit' in code for code in own) >= 2
-    namespace = {}
     for code in own:
-        exec(code, namespace)
+        exec(code, {})
     said = capsys.readouterr().out
     assert [line.split(',')[0] in LABELS for line in said.splitlines()] == [True] * 4 + [False]
     # to the percent it depends on how this machine decodes and adds
