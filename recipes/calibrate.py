@@ -15,7 +15,7 @@ from rich.console import Console
 from timm_selfdistill.calibration import Calibration, RunCosts, measure_thresholds, pareto, single_exits
 from timm_selfdistill.card import write_card
 from timm_selfdistill.config import ConfigError
-from timm_selfdistill.data import ImageData
+from timm_selfdistill.data import ImageData, ImageSplit, hold_out
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitOutput
 from timm_selfdistill.evaluation import EvaluationConfig, TrainedNetwork, check_held_out, open_network, print_rows
 from timm_selfdistill.exit_rule import ExitRule, surety
@@ -32,7 +32,7 @@ class CalibrateConfig(EvaluationConfig):
     """Choose temperatures and thresholds of early exit on the validation part, and measure them on the test part.
 
     Exactly one of --budget, --accuracy-drop and --latency says what for. The rule is written into the config.json of
-    the run, where timm_selfdistill.EarlyExit finds it.
+    the run, where timm_selfdistill.EarlyExit finds it. Where there is no test part nothing is measured.
     """
 
     checkpoint: str
@@ -51,6 +51,8 @@ class CalibrateConfig(EvaluationConfig):
     how many exits in a row agree."""
     ensemble: bool = False
     """Let all exits passed so far decide together."""
+    test_fraction: Optional[float] = None
+    """Part of the validation images that is kept apart to measure on, where the data have no test part."""
     output: Optional[Path] = None
     """Folder for early_exit.csv and the pictures; the run's when None. Files of that name are replaced."""
 
@@ -73,10 +75,21 @@ def calibrate(predictor: EarlyExit, network: TrainedNetwork, config: CalibrateCo
         raise ConfigError(f'--{option.replace("_", "-")}: {e}') from e
 
 
+def keep_test_apart(data: ImageData, fraction: Optional[float]) -> None:
+    """Divide the validation part into images to choose on and images to measure on, where that is asked for."""
+    if fraction is None:
+        return
+    if not 0 < fraction < 1:
+        raise ConfigError(f'--test-fraction {fraction}: expected more than 0 and less than 1.')
+    if data.test is not None:
+        raise ConfigError(f'--test-fraction {fraction}: {data.name} has a test part already; leave the option out.')
+    data.validation, data.test = hold_out(data.validation, fraction, 'test')
+
+
 @torch.no_grad()
-def run_early(predictor: EarlyExit, network: TrainedNetwork) -> EarlyExitOutput:
-    """Run the test part, each image as deep as it needs."""
-    outputs = [predictor.run(images.to(network.device)) for images, _ in network.batches(network.data.test)]
+def run_early(predictor: EarlyExit, network: TrainedNetwork, split: ImageSplit) -> EarlyExitOutput:
+    """Run a part of the data, each image as deep as it needs."""
+    outputs = [predictor.run(images.to(network.device)) for images, _ in network.batches(split)]
     return EarlyExitOutput(*(
         torch.cat([getattr(out, field.name).cpu() for out in outputs]) for field in dataclasses.fields(outputs[0])))
 
@@ -101,15 +114,14 @@ def write_rule(rule: ExitRule, config_json: Path) -> None:
         os.replace(written, config_json)
 
 
-def write_curve(validation: List[Dict[str, Any]], test: List[Dict[str, Any]], path: Path) -> None:
-    """Write what every rule that was tried comes to on both parts, as CSV; thresholds are separated by blanks."""
+def write_curve(curves: Dict[str, List[Dict[str, Any]]], path: Path) -> None:
+    """Write what every rule that was tried comes to on each part, as CSV; thresholds are separated by blanks."""
     with path.open('w', newline='', encoding='utf-8') as f:
         writer = csv.writer(f)
-        writer.writerow(['family', 'thresholds', 'validation_cost', 'validation_top1', 'test_cost', 'test_top1'])
-        for row, tested in zip(validation, test):
-            thresholds = ' '.join('none' if t is None else repr(t) for t in row['thresholds'])
-            writer.writerow([
-                row['family'], thresholds, row['cost'], row['top1'], tested['cost'], tested['top1']])
+        writer.writerow(['family', 'thresholds', *(f'{part}_{key}' for part in curves for key in ('cost', 'top1'))])
+        for rows in zip(*curves.values()):
+            thresholds = ' '.join('none' if t is None else repr(t) for t in rows[0]['thresholds'])
+            writer.writerow([rows[0]['family'], thresholds, *(row[key] for row in rows for key in ('cost', 'top1'))])
 
 
 def first_and_last(
@@ -117,8 +129,9 @@ def first_and_last(
         target: torch.Tensor,
         criterion: str,
         data: ImageData,
+        split: ImageSplit,
 ) -> Tuple[List[Any], List[Any]]:
-    """Return the test images that leave at the shallowest exit and are surest there, and those least sure at the end.
+    """Return the images that leave at the shallowest exit and are surest there, and those least sure at the end.
 
     Each with the class predicted and the true one, as `plots.plot_first_and_last` takes them.
     """
@@ -132,7 +145,7 @@ def first_and_last(
         return data.label_names[label] if label < len(data.label_names or ()) else str(label)
 
     def describe(rows: List[int]) -> List[Any]:
-        return [(data.test.image(row), name(int(predictions[row])), name(int(target[row]))) for row in rows]
+        return [(split.image(row), name(int(predictions[row])), name(int(target[row]))) for row in rows]
 
     return describe(order[:count]), describe(order[::-1][:count])
 
@@ -154,7 +167,8 @@ def main() -> None:
                           f'into; there is no config.json.')
     network = open_network(config.checkpoint, config)
     model, data = network.model, network.data
-    check_held_out(network)
+    check_held_out(network, test=False)
+    keep_test_apart(data, config.test_fraction)
     predictor = EarlyExit(model)
     # whatever rule the run had before
     predictor.rule = ExitRule(
@@ -162,12 +176,13 @@ def main() -> None:
     calibration = calibrate(predictor, network, config)
     rule, costs = calibration.rule, calibration.costs
 
-    parts = dict(
-        validation=collect_logits(model, network.batches(data.validation), network.device),
-        test=collect_logits(model, network.batches(data.test), network.device),
-    )
-    out, target = run_early(predictor, network), parts['test'][1]
-    points = dict(validation=calibration.point, test=summarize(out, target, rule, costs))
+    splits = {name: split for name, split in data.parts().items() if name != 'train'}
+    shown, split = list(splits.items())[-1]  # the test part, if there is one
+    parts = {name: collect_logits(model, network.batches(split), network.device) for name, split in splits.items()}
+    out, target = run_early(predictor, network, split), parts[shown][1]
+    points = dict(validation=calibration.point)
+    if shown == 'test':
+        points['test'] = summarize(out, target, rule, costs)
     alone = ExitRule(rule.num_exits, rule.num_classes)
     rows, exits = [], {}
     for part, logits in parts.items():
@@ -175,24 +190,27 @@ def main() -> None:
         rows.append(table_row(part, len(logits[1]), 'early exit', points[part]))
         rows += [table_row(part, len(logits[1]), f'exit{i} alone', row) for i, row in enumerate(exits[part])]
     tried = [(row['family'], row['thresholds']) for row in calibration.curve]
-    tested = measure_thresholds(rule, tried, *parts['test'], costs)
+    curve = dict(validation=calibration.curve)
+    if shown == 'test':
+        curve['test'] = measure_thresholds(rule, tried, *parts['test'], costs)
     best = {row['thresholds'] for row in pareto(calibration.curve)}
 
     output = config.output or folder
     output.mkdir(parents=True, exist_ok=True)
-    write_curve(calibration.curve, tested, output / 'early_exit.csv')
-    curves = {'early exit': [row for row in tested if row['thresholds'] in best]}
+    write_curve(curve, output / 'early_exit.csv')
+    curves = {'early exit': [row for row in curve[shown] if row['thresholds'] in best]}
     for family, name in (('budgeted', 'budgeted batch'), ('shared', 'one threshold for all exits')):
-        curves[name] = [row for row in tested if row['family'] == family]
+        curves[name] = [row for row in curve[shown] if row['family'] == family]
     title = f'{model.pretrained_cfg["architecture"]} on {data.name}'
     unit = calibration.unit if calibration.unit != 'ms' else 'ms for one image'
-    on_test = f'{title}, test part ({len(data.test):,} images)'
+    on_split = f'{title}, {shown} part ({len(split):,} images)'
+    chosen = 'chosen on the validation part' if shown == 'test' else 'chosen on these images, measured on no others'
     plot_early_exit(
-        {name: curve for name, curve in curves.items() if curve}, exits['test'], points['test'],
-        f'{on_test}; chosen on the validation part', output / 'early_exit.png', unit)
+        {name: curve for name, curve in curves.items() if curve}, exits[shown], points[shown],
+        f'{on_split}; {chosen}', output / 'early_exit.png', unit)
     plot_first_and_last(
-        *first_and_last(out, target, rule.criterion, data), f'{on_test}; wrong ones in red, the true class in brackets',
-        output / 'first_and_last.png')
+        *first_and_last(out, target, rule.criterion, data, split),
+        f'{on_split}; wrong ones in red, the true class in brackets', output / 'first_and_last.png')
     write_rule(rule, folder / 'config.json')
     (option, value), = ((name, getattr(config, name)) for name in aims(config))
     summary = dict(
@@ -206,6 +224,10 @@ def main() -> None:
     console = Console(highlight=False)
     print_rows(console, rows, f'{title}; cost is {unit}')
     console.print(repr(predictor), soft_wrap=True, markup=False)
+    if shown != 'test':
+        console.print(
+            f'{data.name} has no test part, so nothing was measured: these are the images that the thresholds were '
+            f'chosen on. --test-fraction 0.5 keeps half of them apart to measure on.', soft_wrap=True, markup=False)
     console.print(f'rule written to {folder / "config.json"}, the rest to {output}', soft_wrap=True, markup=False)
 
 

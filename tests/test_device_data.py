@@ -28,7 +28,7 @@ def make_split(images=None, mode='RGB'):
     images = images if images is not None else noise_images(48, size=16)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['ant', 'bee', 'cat']))
     table = datasets.Dataset.from_dict(dict(image=images, label=LABELS[:len(images)]), features=features)
-    return ImageSplit(table, 'train', 'image', 'label', mode=mode)
+    return ImageSplit(table, 'train', 'image', table['label'][:], mode=mode)
 
 
 @pytest.fixture

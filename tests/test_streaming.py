@@ -10,7 +10,9 @@ import torch
 from conftest import noise_images
 from PIL import Image
 
-from timm_selfdistill.data import DataError, UnreadableImageError
+from timm_selfdistill.data import UnreadableImageError
+from timm_selfdistill.errors import DataError
+from timm_selfdistill.labels import Classes
 from timm_selfdistill.streaming import (
     StreamedSplit,
     StreamError,
@@ -277,10 +279,40 @@ INTEGERS = datasets.Features(img=datasets.Image(), label=datasets.Value('int64')
 
 def test_whole_numbers_need_the_number_of_classes(tmp_path):
     folder = write_shards(tmp_path / 'set', (12, 12), features=INTEGERS)
-    with pytest.raises(DataError, match='--num-classes: column label of set holds whole numbers'):
-        load_streamed_data(data_dir=folder)
-    data = load_streamed_data(data_dir=folder, num_classes=3)
+    table = datasets.Dataset.from_parquet(f'{folder}/train-00000-of-00002.parquet')
+    (tmp_path / 'arrow').mkdir()
+    with datasets.arrow_writer.ArrowWriter(
+            path=str(tmp_path / 'arrow' / 'train.arrow'), features=table.features) as writer:
+        writer.write_table(table.data.table)
+        writer.finalize()
+    with pytest.raises(DataError, match='--num-classes: column label of arrow holds whole numbers'):
+        load_streamed_data(data_dir=str(tmp_path / 'arrow'))
+    data = load_streamed_data(data_dir=str(tmp_path / 'arrow'), num_classes=3, images_per_epoch=12)
     assert (data.num_classes, data.label_names) == (3, None)
+    data = load_streamed_data(data_dir=folder)  # parquet files tell which labels there are
+    assert (data.num_classes, data.label_names) == (3, None)
+
+
+def test_texts_and_labels_of_another_order_are_matched_by_name(tmp_path):
+    texts = datasets.Features(img=datasets.Image(), label=datasets.Value('string'))
+    folder = write_shards(tmp_path, (9, 9), label=lambda n: 'cat ant bee'.split()[n % 3], features=texts)
+    turned = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=['cat', 'bee', 'ant']))
+    write_shards(tmp_path, (6,), part='test', features=turned)
+    data = load_streamed_data(data_dir=folder)
+    assert data.label_names == ['ant', 'bee', 'cat']
+    assert labels_met(data.train) == {0: 2, 1: 0, 2: 1}
+    assert labels_met(data.test) == {0: 2, 1: 1, 2: 0}
+    known = load_streamed_data(data_dir=folder, class_names=['bee', 'cat', 'dog', 'ant'])
+    assert labels_met(known.train) == {0: 1, 1: 3, 2: 0}
+    few = load_streamed_data(data_dir=folder, class_names=['bee', 'cat'])
+    with pytest.raises(StreamError, match='Label ant in example 1 of shard 0 of the train part.*one of bee, cat'):
+        labels_met(few.train)
+
+
+def labels_met(part):
+    """Return the labels that images get, by the remainder of their number by three."""
+    items = (part.item(example, number_and_draws) for example in part.examples(range(part.shards)))
+    return {int(image[0, 0, 0]) % 3: label for image, label in items}
 
 
 @pytest.mark.parametrize('bad, workers, message', [
@@ -314,7 +346,7 @@ def test_unreadable_and_missing_images_are_named(tmp_path):
         damaged.to_parquet(tmp_path / f'train-{shard}.parquet')
     part = load_streamed_data(data_dir=str(tmp_path)).train
     for start, message in enumerate(['There is no image in', 'Cannot read the image in']):
-        one = StreamedSplit(part.stream.shard(2, start), 'train', 'img', 'label', 3)
+        one = StreamedSplit(part.stream.shard(2, start), 'train', 'img', 'label', Classes(None, 3))
         with pytest.raises(UnreadableImageError, match=f'{message} example 5 of shard 0 of the train part'):
             list(create_streamed_eval_loader(one, number_and_draws, 4))
 

@@ -1,5 +1,5 @@
 """From a config to the network and the task that it describes."""
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -9,7 +9,9 @@ from timm.models import split_model_name_tag
 
 from .config import ConfigError, TrainConfig, nearest
 from .data import ImageData
-from .hub import load_network
+from .errors import DataError
+from .hub import class_names, load_network
+from .labels import match_classes
 from .metrics import exit_costs
 from .multi_exit import MultiExit
 from .stages import count_macs, meta_copy
@@ -90,21 +92,37 @@ def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[s
     return model, data_config
 
 
-def _open_teacher(config: TrainConfig, data_config: Dict[str, Any]) -> Optional[nn.Module]:
-    """Load the network that `--teacher` names, if any.
+def _open_teacher(
+        config: TrainConfig,
+        data_config: Dict[str, Any],
+        num_classes: int,
+        data: Optional[ImageData],
+) -> Tuple[Optional[nn.Module], Optional[List[int]]]:
+    """Load the network that `--teacher` names, if any, and find the student's classes among its own, by name.
 
     Raises:
-        ConfigError: There is none, or it does not take the student's images.
+        ConfigError: There is none, or it does not take the student's images, or does not know its classes.
     """
     if config.teacher is None:
-        return None
+        return None, None
     try:
         teacher = load_network(config.teacher)[0]
         size = data_config['input_size']
         count_macs(meta_copy(teacher), torch.empty((1, *size), device='meta'))
     except (AssertionError, OSError, RuntimeError, ValueError) as e:
         raise ConfigError(f'--teacher {config.teacher}: {e}') from e
-    return teacher
+    names, known = data.label_names if data is not None else None, class_names(teacher)
+    if names is None or known is None or len(names) != num_classes:  # the task checks their numbers
+        if data is not None:
+            data.notes.append(
+                f'the classes of {config.teacher} and of the data cannot be compared by name; their numbers are taken '
+                f'to mean the same'
+            )
+        return teacher, None
+    try:
+        return teacher, match_classes(known, names, teacher.num_classes, num_classes, 'The network')
+    except DataError as e:
+        raise ConfigError(f'--teacher {config.teacher}: {e}') from e
 
 
 def build_task(
@@ -112,8 +130,9 @@ def build_task(
         model: MultiExit,
         device: torch.device,
         data_config: Dict[str, Any],
+        data: Optional[ImageData] = None,
 ) -> SelfDistillationTask:
-    """Create the task that a method names.
+    """Create the task that a method names; a teacher's classes are matched with those of the data by name.
 
     Raises:
         ConfigError: The settings or the teacher do not fit the model.
@@ -122,7 +141,7 @@ def build_task(
     if config.patriarch == 'tsd' and config.tsd_k > model.num_classes:
         raise ConfigError(
             f'--tsd-k {config.tsd_k}: expected a number from 2 to {model.num_classes}, the number of classes.')
-    teacher = _open_teacher(config, data_config)
+    teacher, teacher_classes = _open_teacher(config, data_config, model.num_classes, data)
     try:
         return SelfDistillationTask(
             model,
@@ -138,6 +157,7 @@ def build_task(
             exit_teacher=config.exit_teacher,
             weighting=config.exit_weights,
             teacher=teacher,
+            teacher_classes=teacher_classes,
             mean=data_config['mean'],
             std=data_config['std'],
             device=device,

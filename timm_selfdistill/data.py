@@ -2,26 +2,24 @@
 import copy
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .columns import choose_columns, with_images
+from .data_files import DIGITS, IMAGES, find_files, open_files
+from .errors import DataError
+from .labels import Classes, Key, find_classes, label_keys, shortened
+
 __all__ = [
-    'DIGITS', 'DataError', 'ImageData', 'ImageSplit', 'UnreadableImageError', 'data_name', 'load_digits',
+    'DataError', 'ImageData', 'ImageSplit', 'UnreadableImageError', 'classes_for', 'data_name', 'hold_out',
     'load_image_data', 'seeded',
 ]
-
-DIGITS = 'digits'
-VALIDATION_NAMES = ('validation', 'valid', 'val', 'dev')
-
-
-class DataError(ValueError):
-    """The data cannot be used as they are; the message says what, where and what to do."""
 
 
 class UnreadableImageError(DataError):
@@ -37,30 +35,23 @@ class ImageSplit(Dataset):
     draws of the transform depend on nothing but seed, epoch and row, not on worker, process or what ran before.
 
     Args:
-        table: Table with an image and a label column.
+        table: Table with an image column.
         name: What to call the part in messages.
         image_column: Its image column.
-        label_column: Its label column.
+        labels: Number of the class of every row (N,).
         mode: PIL mode that images are converted to, `RGB` or `L`.
 
     Attributes:
         index: Rows of the table that belong to the part, all at first.
         transform: Turns a PIL image into a tensor.
         seed: Seed of the transform's random draws.
-
-    Raises:
-        DataError: A row has no label.
     """
 
-    def __init__(self, table: datasets.Dataset, name: str, image_column: str, label_column: str, mode: str = 'RGB'):
+    def __init__(self, table: datasets.Dataset, name: str, image_column: str, labels: np.ndarray, mode: str = 'RGB'):
         self.name = self.origin = name
         self.image_column = image_column
         self.images = table.select_columns(image_column)
         self.mode = mode
-        labels = table[label_column][:]
-        missing = next((i for i, label in enumerate(labels) if label is None), None)
-        if missing is not None:
-            raise DataError(f'There is no label in row {missing} of the {name} part.')
         self._labels = np.asarray(labels)
         self.index = np.arange(len(labels))
         self.transform: Optional[Callable] = None
@@ -123,21 +114,22 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 @dataclass
 class ImageData:
-    """A data set, its parts and its classes.
+    """A data set, its splits and its classes.
 
     Attributes:
         name: What to call it.
-        train: The part to learn from.
-        validation: The part to choose by; None where everything is learned from.
-        test: The part to report on; None where the data set has none.
-        num_classes: Classes in the data.
-        label_names: Their names, where the data give them.
+        train: The split to learn from; None where only what a network makes of the others is asked.
+        validation: The split to choose by; None where everything is learned from.
+        test: The split to report on; None where the data set has none.
+        num_classes: Classes in the data, or of the network that the labels were matched with.
+        label_names: Their names, where the data or the network give them.
         image_size: Height and width of the first training image.
         mirrored: Whether a mirror image still shows the same class.
         superclasses: Superclass of each class (num_classes,), where the data have them and they were asked for.
+        notes: What was found and how, what was left aside and why; sentences for the user.
     """
     name: str
-    train: ImageSplit
+    train: Optional[ImageSplit]
     validation: Optional[ImageSplit]
     test: Optional[ImageSplit]
     num_classes: int
@@ -145,6 +137,7 @@ class ImageData:
     image_size: Tuple[int, int]
     mirrored: bool = True
     superclasses: Optional[np.ndarray] = None
+    notes: List[str] = field(default_factory=list)
 
     def superclasses_of(self, num_classes: int) -> Optional[torch.Tensor]:
         """Return `superclasses` for a network of more classes (num_classes,): those it alone knows are in none, -1."""
@@ -153,120 +146,43 @@ class ImageData:
         return torch.from_numpy(np.pad(self.superclasses, (0, num_classes - self.num_classes), constant_values=-1))
 
     def parts(self) -> Dict[str, ImageSplit]:
-        """Return the parts that exist, by name."""
+        """Return the splits that exist, by name."""
         parts = dict(train=self.train, validation=self.validation, test=self.test)
         return {name: part for name, part in parts.items() if part is not None}
 
+    def described(self) -> List[str]:
+        """Return what was found: splits and classes with their counts, then the notes."""
+        counts = [f'{len(p):,} {n}' if hasattr(p, '__len__') else f'some {n}' for n, p in self.parts().items()]
+        named = f': {shortened(self.label_names)}' if self.label_names else ', without names'
+        return [f'{self.name}: {", ".join(counts)} images; {self.num_classes} classes{named}', *self.notes]
 
-def load_digits() -> datasets.DatasetDict:
-    """Return scikit-learn's digits: 1,797 scans of handwritten digits, 8×8 pixels in 17 grey levels.
 
-    They come inside scikit-learn's wheel. Of every ten images of a class, in the file's order, seven are for training,
-    one for validation and two for the test.
+def hold_out(split: ImageSplit, fraction: float, name: str = 'validation') -> Tuple[ImageSplit, ImageSplit]:
+    """Split off the same part of the images in every run, of every class its share; return what is kept and this.
+
+    Where that leaves a class without an image on one of the sides, every class keeps an image, and those held out are
+    drawn from the others.
+
+    Raises:
+        DataError: Every class has a single image.
     """
-    from sklearn.datasets import load_digits as load
-
-    bunch = load()
-    pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
-    rank = np.zeros(len(bunch.target), dtype=int)
-    for label in range(10):
-        of_class = bunch.target == label
-        rank[of_class] = np.arange(of_class.sum())
-    part = np.select([rank % 5 == 0, rank % 10 == 1], ['test', 'validation'], 'train')
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)]))
-    return datasets.DatasetDict({
-        name: datasets.Dataset.from_dict(
-            dict(image=list(pixels[part == name]), label=bunch.target[part == name].tolist()), features=features)
-        for name in ('train', 'validation', 'test')
-    })
-
-
-def _open(dataset: Optional[str], data_dir: Optional[str]) -> datasets.DatasetDict:
-    if data_dir is None and dataset in (None, DIGITS):
-        return load_digits()
-    folder = Path(data_dir) if data_dir is not None else None
-    if folder is not None and not folder.is_dir():
-        raise DataError(f'--data-dir {data_dir}: no such folder.')
-    if dataset is None:
-        if (folder / 'dataset_dict.json').exists() or (folder / 'state.json').exists():
-            return _as_dict(datasets.load_from_disk(data_dir))
-        kinds = {p.suffix.lower() for p in folder.rglob('*') if p.is_file()}
-        dataset = next((kind for kind in ('parquet', 'arrow') if f'.{kind}' in kinds), 'imagefolder')
-    try:
-        return _as_dict(datasets.load_dataset(dataset, data_dir=data_dir))
-    except (ConnectionError, FileNotFoundError, ValueError) as e:
-        reason = e
-    except datasets.exceptions.DatasetGenerationError as e:  # it only says that it failed, its cause says why
-        reason = e.__cause__ or e
-    place = f'--dataset {dataset}' if data_dir is None else f'--data-dir {data_dir} (read as {dataset})'
-    raise DataError(f'{place}: {reason}') from reason
-
-
-def _as_dict(opened: Any) -> datasets.DatasetDict:
-    return opened if isinstance(opened, dict) else datasets.DatasetDict(train=opened)
-
-
-def _pick_column(kind: str, candidates: List[str], columns: List[str], chosen: Optional[str], name: str) -> str:
-    """Find the column of one kind (image or label), or say which there are and how to choose."""
-    option = f'--{kind}-column'
-    if chosen is not None:
-        if chosen not in candidates:
-            raise DataError(
-                f'{option} {chosen}: {name} has no {kind} column of that name; '
-                f'its {kind} columns are: {", ".join(candidates) or "none"} (all columns: {", ".join(columns)}).'
-            )
-        return chosen
-    if not candidates:
-        wanted = 'images' if kind == 'image' else 'class labels or whole numbers'
-        raise DataError(f'{name} has no {kind} column, which holds {wanted}; its columns are: {", ".join(columns)}.')
-    if len(candidates) > 1:
-        raise DataError(
-            f'{name} has several {kind} columns: {", ".join(candidates)}. Pick one, for example '
-            f'{option} {candidates[0]}.'
-        )
-    return candidates[0]
-
-
-def _pick_columns(
-        features: datasets.Features,
-        image_column: Optional[str],
-        label_column: Optional[str],
-        name: str,
-) -> Tuple[str, str]:
-    columns = list(features)
-    images = [c for c in columns if isinstance(features[c], datasets.Image)]
-    labels = [c for c in columns if isinstance(features[c], datasets.ClassLabel)]
-    integers = [
-        c for c in columns if isinstance(features[c], datasets.Value) and features[c].dtype.startswith(('int', 'uint'))
-    ]
-    if label_column is not None:
-        labels = labels + integers
-    image = _pick_column('image', images, columns, image_column, name)
-    return image, _pick_column('label', labels or integers, columns, label_column, name)
-
-
-def _hold_out(split: ImageSplit, fraction: float) -> Tuple[ImageSplit, ImageSplit]:
-    """Split off the same part of the training data in every run, of every class its share."""
     from sklearn.model_selection import train_test_split
 
     try:
         kept, held_out = train_test_split(
             np.arange(len(split)), test_size=fraction, stratify=split.labels, random_state=0)
-    except ValueError as e:  # a class with a single image, or fewer images than classes
-        raise DataError(
-            f'Cannot hold out {fraction:g} of {len(split)} training images for validation: {e} '
-            f'Give the data a validation part, or pass --val-fraction 0.'
-        ) from e
-    return split.select(np.sort(kept), 'train'), split.select(np.sort(held_out), 'validation')
-
-
-def _check_labels(split: ImageSplit, num_classes: int) -> None:
-    wrong = np.flatnonzero((split.labels < 0) | (split.labels >= num_classes))
-    if len(wrong):
-        raise DataError(
-            f'Label {split.labels[wrong[0]]} in row {wrong[0]} of the {split.name} part is out of range: '
-            f'expected 0 to {num_classes - 1} ({len(wrong)} such rows).'
-        )
+    except ValueError as e:  # a class with a single image, or fewer images held out than classes
+        order = np.random.default_rng(0).permutation(len(split))
+        _, first = np.unique(split.labels[order], return_index=True)
+        spare = np.delete(order, first)
+        if not len(spare):
+            raise DataError(
+                f'Cannot hold out {fraction:g} of the {len(split)} {split.name} images for {name}, as every class has '
+                f'a single image. Give the classes more images, or the data a {name} split.'
+            ) from e
+        held_out = spare[:max(1, round(fraction * len(split)))]
+        kept = np.setdiff1d(order, held_out)
+    return split.select(np.sort(kept), split.name), split.select(np.sort(held_out), name)
 
 
 def _superclasses(table: datasets.Dataset, column: str, labels: np.ndarray, num_classes: int, name: str) -> np.ndarray:
@@ -293,7 +209,37 @@ def _superclasses(table: datasets.Dataset, column: str, labels: np.ndarray, num_
 
 def data_name(dataset: Optional[str], data_dir: Optional[str]) -> str:
     """Return what data opened with these settings are called."""
-    return dataset or (Path(data_dir).name if data_dir else DIGITS)
+    return dataset or (Path(data_dir).resolve().name if data_dir else DIGITS)
+
+
+def classes_for(
+        found: Classes,
+        names: Optional[Sequence[str]],
+        count: int,
+        notes: List[str],
+) -> Classes:
+    """Return the classes of a network, as labels of data meet them.
+
+    Args:
+        found: The classes of the data.
+        names: Names of the network's classes, None where it has none.
+        count: How many it has.
+        notes: What is assumed is added to it.
+
+    Raises:
+        DataError: The data name classes and the network does not, and they are not as many.
+    """
+    if names is not None:
+        return Classes(names, count, 'the network')
+    if found.names is None or all(name.isdecimal() for name in found.names):
+        return Classes(None, count, 'the network')
+    if found.count != count:
+        raise DataError(
+            f'The data name {found.count} classes ({shortened(found.names)}), the network has {count} without names, '
+            f'so they cannot be matched.'
+        )
+    notes.append('the network\'s classes have no names: those of the data are taken in their order')
+    return Classes(found.names, count, 'the network')
 
 
 def load_image_data(
@@ -304,64 +250,93 @@ def load_image_data(
         val_fraction: float = 0.1,
         in_chans: int = 3,
         superclass_column: Optional[str] = None,
+        num_classes: Optional[int] = None,
+        class_names: Optional[Sequence[str]] = None,
+        known: bool = False,
 ) -> ImageData:
     """Open a data set of labelled images.
 
     Args:
         dataset: `digits`, a Hugging Face Hub id, or a loader of the `datasets` library such as `imagefolder`. Found
             out from the files when None and `data_dir` is given, else `digits`.
-        data_dir: Local folder with parquet or arrow files, a saved data set, or images in one folder a class.
+        data_dir: Local folder with parquet or arrow files, a saved data set, or images in one folder a class, see
+            `image_folder`.
         image_column: Which column holds the images; read from the features when None.
         label_column: Which column holds the labels; read from the features when None.
         val_fraction: Part of the training data held out for validation where the data set has no such part; 0 holds
             out nothing.
         in_chans: Channels that images are converted to: 3, colour, or 1, grey.
         superclass_column: Which column holds the superclass of the label; None where none is needed.
+        num_classes: Classes that a network has, or is to have; None where the data decide.
+        class_names: Names of the classes that a network knows. Labels are given the numbers of these.
+        known: The network exists: its classes are `num_classes`, and the data need no train split.
 
     Raises:
-        DataError: No such folder, columns missing or ambiguous, labels out of range, no training part, a class without
-            one superclass.
+        DataError: No such folder, columns missing or ambiguous, labels that are none or name unknown classes, splits
+            missing or empty, a class without one superclass.
     """
     if not 0 <= val_fraction < 1:
         raise DataError(f'--val-fraction {val_fraction}: expected 0 or more and less than 1.')
-    name = data_name(dataset, data_dir)
-    opened = _open(dataset, data_dir)
-    if 'train' not in opened:
-        raise DataError(f'{name} has no part named train; its parts are: {", ".join(opened)}.')
-    features = opened['train'].features
-    image_column, label_column = _pick_columns(features, image_column, label_column, name)
+    name, files = data_name(dataset, data_dir), find_files(dataset, data_dir)
+    tables = {split: table.with_format(None) for split, table in open_files(files).items()}
+    notes = files.notes
+    if 'train' not in tables and not known:
+        raise DataError(f'{name} has no part named train; its parts are: {", ".join(tables)}.')
+    for split, table in tables.items():
+        if not len(table):
+            raise DataError(f'The {split} part of {name} is empty. Give it images, or remove it.')
+    first = next(iter(tables.values()))
+    image_column, label_column = choose_columns(first.features, image_column, label_column, name, notes)
+    keys: Dict[str, List[Key]] = {}
+    for split, table in list(tables.items()):
+        keys[split] = label_keys(table, label_column, split, name)
+        if split == 'test' and all(key == -1 for key in keys[split]):
+            del tables[split], keys[split]
+            notes.append('left aside: the test split, as all of its labels are -1, which stands for withheld')
+    leading = next(iter(keys))
+    classes, told = find_classes(first.features[label_column], keys[leading], label_column, num_classes)
+    if known or class_names is not None:
+        classes = classes_for(classes, class_names, num_classes or len(class_names), notes)
+    else:
+        notes += told
+        if classes.count < 2:
+            raise DataError(
+                f'{name} has the single class {(classes.names or [0])[0]}, expected two or more'
+                f'{". A class is a folder directly below a split" if files.kind == IMAGES else ""}.'
+            )
 
-    def part(*names: str) -> Optional[ImageSplit]:
-        found = next((n for n in names if n in opened), None)
-        if found is None:
+    def part(split: str) -> Optional[ImageSplit]:
+        if split not in tables:
             return None
-        return ImageSplit(opened[found], found, image_column, label_column, mode='L' if in_chans == 1 else 'RGB')
+        labels = classes.numbers(keys[split], split, name)
+        if classes.counts(keys[split][0]):
+            notes.append(f'the labels of the {split} split have no names and are taken to count the classes from 0')
+        table = with_images(tables[split], image_column, split, name)
+        return ImageSplit(table, split, image_column, labels, mode='L' if in_chans == 1 else 'RGB')
 
-    train, validation, test = part('train'), part(*VALIDATION_NAMES), part('test')
-    if test is not None and len(test) and (test.labels == -1).all():
-        test = None  # how the Hub marks a part whose labels are withheld
-    if not len(train):
-        raise DataError(f'The train part of {name} is empty.')
-    feature = features[label_column]
-    label_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    num_classes = len(label_names) if label_names else int(np.max(train.labels)) + 1
-    for split in (train, validation, test):
-        if split is not None:
-            _check_labels(split, num_classes)
+    train, validation, test = part('train'), part('validation'), part('test')
     superclasses = None
     if superclass_column is not None:
-        superclasses = _superclasses(opened['train'], superclass_column, train.labels, num_classes, name)
-    if validation is None and val_fraction > 0:
-        train, validation = _hold_out(train, val_fraction)
-    width, height = train.image(0).size
+        if train is None:
+            raise DataError(f'--superclass-column {superclass_column}: {name} has no train part to find them in.')
+        superclasses = _superclasses(tables['train'], superclass_column, train.labels, classes.count, name)
+    if validation is None and train is not None and val_fraction > 0:
+        train, validation = hold_out(train, val_fraction)
+        counts = np.bincount(validation.labels, minlength=classes.count)[np.unique(train.labels)]
+        notes.append(
+            f'{len(validation):,} images are held out of the train split for validation'
+            + (f'; {np.sum(counts == 0)} classes have too few images to be among them' if not counts.all() else '')
+        )
+    width, height = (train or validation or test).image(0).size
     return ImageData(
         name=name,
         train=train,
         validation=validation,
         test=test,
-        num_classes=num_classes,
-        label_names=label_names,
+        num_classes=classes.count,
+        label_names=classes.names,
         image_size=(height, width),
-        mirrored=not (dataset in (None, DIGITS) and data_dir is None),
+        mirrored=files.kind != DIGITS,
         superclasses=superclasses,
+        notes=notes,
     )

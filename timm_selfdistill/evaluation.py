@@ -1,5 +1,6 @@
 """What the recipes that measure trained networks share: a checkpoint, and the data to measure it on."""
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, Sequence
 
@@ -15,8 +16,9 @@ from torch.utils.data import DataLoader
 from .augment import eval_transform
 from .batches import create_eval_loader
 from .config import ConfigError
-from .data import DataError, ImageData, ImageSplit, load_image_data
-from .hub import load_checkpoint
+from .data import ImageData, ImageSplit, load_image_data
+from .errors import DataError
+from .hub import class_names, load_checkpoint
 from .multi_exit import MultiExit
 
 __all__ = [
@@ -50,7 +52,7 @@ class SplitConfig(EvaluationConfig):
     """On which part of the data as well."""
 
     split: Optional[Literal['train', 'validation', 'test']] = None
-    """Part of the data; when None the test part, or validation where there is none."""
+    """Part of the data; when None the test part, or validation, or what there is where there is neither."""
 
 
 @dataclasses.dataclass
@@ -92,58 +94,75 @@ def open_network(
         superclass_column: See `data.load_image_data`.
         other_classes: Allow classes that the network does not know, where its classifiers are not used.
 
+    Labels get the numbers that their classes have in the network, by name; what was found is printed to stderr.
+
     Raises:
-        DataError: The data cannot be used, or have more classes than the network, or the checkpoint does not say on
-            what it was trained and the config does not either.
+        DataError: The data cannot be used, or have classes that the network does not know, or the checkpoint does not
+            say on what it was trained and the config does not either.
         ConfigError: See `hub.load_checkpoint`.
     """
     model, folder = load_checkpoint(checkpoint)
     source = {name: getattr(config, name) for name in ('dataset', 'data_dir', 'image_column', 'label_column')}
     source['superclass_column'] = superclass_column
+    args = folder / 'args.yaml' if folder else None
+    trained = yaml.safe_load(args.read_text(encoding='utf-8')) if args is not None and args.is_file() else None
     if not (config.dataset or config.data_dir):
-        args = folder / 'args.yaml' if folder else None
-        if args is None or not args.is_file():
+        if trained is None:
             raise DataError(f'--checkpoint {checkpoint} does not say on what it was trained; pass --dataset.')
-        trained = yaml.safe_load(args.read_text(encoding='utf-8'))
         source = {name: value if value is not None else trained.get(name) for name, value in source.items()}
         source['val_fraction'] = trained.get('val_fraction', 0.)
+    elif trained is not None and _same_data(source, trained):
+        source['val_fraction'] = trained.get('val_fraction', 0.)  # what was held out from training
+    elif not other_classes:
+        source['val_fraction'] = 0.  # nothing was learned from these data, so nothing of them has to be held out
     data_config = resolve_data_config(model=model)
-    data = load_image_data(**source, in_chans=data_config['input_size'][0])
-    if data.num_classes > model.num_classes and not other_classes:
-        raise DataError(f'{data.name} has {data.num_classes} classes, the model {model.num_classes}.')
+    classes = {} if other_classes else dict(num_classes=model.num_classes, class_names=class_names(model), known=True)
+    data = load_image_data(**source, in_chans=data_config['input_size'][0], **classes)
+    for line in data.described():
+        print(line, file=sys.stderr)
     return TrainedNetwork(model.to(config.device), data, data_config, config)
 
 
+def _same_data(source: Dict[str, Optional[str]], trained: Dict[str, Any]) -> bool:
+    """Return whether a data set is the one that a run was trained on."""
+    if source['dataset'] != trained.get('dataset') or None in (source['data_dir'], trained.get('data_dir')):
+        return source['dataset'] == trained.get('dataset') and source['data_dir'] == trained.get('data_dir')
+    return Path(source['data_dir']).resolve() == Path(trained['data_dir']).resolve()
+
+
 def choose_split(data: ImageData, split: Optional[str] = None) -> str:
-    """Return the name of the part to measure on: the one asked for, else test, else validation.
+    """Return the name of the part to measure on: the one asked for, else test, else validation, else train.
+
+    The last one only where the data are not those that the network was trained on: of these a part is held out.
 
     Raises:
         DataError: The data have no such part.
     """
     parts = data.parts()
-    split = split or ('test' if 'test' in parts else 'validation')
+    split = split or next(name for name in ('test', 'validation', 'train') if name in parts)
     if split not in parts:
         raise DataError(f'--split {split}: {data.name} has only the parts {", ".join(parts)}.')
     return split
 
 
-def check_held_out(network: TrainedNetwork) -> None:
+def check_held_out(network: TrainedNetwork, test: bool = True) -> None:
     """Check that there are images to choose on that nothing was learned from, and others to measure on.
+
+    Args:
+        network: The network and its data.
+        test: Ask for images to measure on, too.
 
     Raises:
         DataError: There are none.
     """
-    data, config = network.data, network.config
-    advice = 'Train with --val-fraction, or pass --data-dir with data that have a validation and a test part.'
+    data = network.data
     if data.validation is None:
-        raise DataError(f'{data.name} has no validation part to choose on. {advice}')
-    if data.validation.origin == 'train' and (config.dataset or config.data_dir):
         raise DataError(
-            f'{data.name} has no validation part of its own, and what is held out of its training part the network may '
-            f'have learned from. {advice}'
+            f'{data.name} has no validation part of its own to choose on, and the network may have learned from its '
+            f'train part. Train with --val-fraction, or pass --data-dir with data that have a validation part.'
         )
-    if data.test is None:
-        raise DataError(f'{data.name} has no test part to measure on. {advice}')
+    if test and data.test is None:
+        raise DataError(f'{data.name} has no test part to measure on. Pass --data-dir with data that have one.')
 
 
 def subset(split: ImageSplit, images: Optional[int], seed: int = 0) -> ImageSplit:

@@ -2,7 +2,7 @@
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -16,7 +16,7 @@ from .multi_exit import MultiExit
 from .pretrained import fetch_weights, read_source
 from .untrusted import CONFIG_NAME, WEIGHTS_NAME, WeightsError
 
-__all__ = ['load_checkpoint', 'load_network', 'save_model']
+__all__ = ['class_names', 'load_checkpoint', 'load_network', 'save_model']
 
 
 def save_model(
@@ -102,3 +102,9 @@ def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
     if not isinstance(model, MultiExit):
         raise ConfigError(f'--checkpoint {checkpoint}: {type(model).__name__} is a network without exits.')
     return model, path
+
+
+def class_names(model: nn.Module) -> Optional[List[str]]:
+    """Return the names of a network's classes in their order, None where it has none."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    return list(names) if isinstance(names, (list, tuple)) else None

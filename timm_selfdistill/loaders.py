@@ -1,5 +1,7 @@
 """Where a run's batches come from: workers, the device's memory, or a stream."""
-from typing import Any, Dict, Iterable, Optional
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional
 
 import torch
 from accelerate import Accelerator
@@ -11,25 +13,44 @@ from .data import ImageData, ImageSplit, load_image_data
 from .device_augment import BatchAugment, supports
 from .device_data import DeviceEvalLoader, DeviceLoader, decode_split, fits_on_device
 from .streaming import create_streamed_eval_loader, create_streamed_train_loader, load_streamed_data
+from .untrusted import CONFIG_NAME
 
 __all__ = ['Loaders', 'open_data']
 
 
-def open_data(config: TrainConfig, accelerator: Accelerator) -> ImageData:
+def _names_of_run(folder: Path) -> Optional[List[str]]:
+    """Return the names of the classes in the `config.json` of a run, None where there is none yet."""
+    try:
+        return json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8')).get('label_names')
+    except (OSError, ValueError):
+        return None
+
+
+def open_data(
+        config: TrainConfig,
+        accelerator: Accelerator,
+        folder: Optional[Path] = None,
+) -> ImageData:
     """Open the data that a config names, the main process first, so that it alone prepares them on disk.
+
+    Args:
+        config: The settings.
+        accelerator: Knows the processes.
+        folder: A run's folder. If it has begun, labels get the numbers that its network knows their classes by.
 
     Raises:
         DataError: See `data.load_image_data` and `streaming.load_streamed_data`.
     """
+    class_names = _names_of_run(folder) if folder is not None else None
     with accelerator.main_process_first():
         if config.streaming:
             return load_streamed_data(
                 config.dataset, config.data_dir, config.image_column, config.label_column, config.in_chans,
-                config.num_classes, config.images_per_epoch,
+                config.num_classes, config.images_per_epoch, class_names,
             )
         return load_image_data(
             config.dataset, config.data_dir, config.image_column, config.label_column, config.val_fraction,
-            config.in_chans, config.superclass_column,
+            config.in_chans, config.superclass_column, config.num_classes, class_names,
         )
 
 

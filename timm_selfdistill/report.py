@@ -84,12 +84,13 @@ class Reporter:
             accelerator: Accelerator,
     ) -> None:
         """Say what is about to be trained on what."""
-        counts = {name: f'{len(part):,}' if hasattr(part, '__len__') else 'some' for name, part in data.parts().items()}
-        parts = ', '.join(f'{count} {name}' for name, count in counts.items())
         channels, height, width = data_config['input_size']
         shares = ', '.join(f'{name} {100 * cost.share:.0f} %' for name, cost in costs.items() if name != 'ensemble')
         size = f'{channels}×{height}×{width}'
-        self.say(f'data    {data.name}: {parts} images; {data.num_classes} classes; seen at {size}')
+        first, *notes = data.described()
+        self.say(f'data    {first}; seen at {size}')
+        for note in notes:
+            self.say(f'data    {note}')
         self.say(f'model   {architecture}; share of the multiply-adds: {shares}')
         precision = accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'
         self.say(f'device  {accelerator.num_processes} × {accelerator.device.type}, {precision}')

@@ -108,7 +108,7 @@ class Run:
             keep_freed_memory()
         check_trackers(config.report_to)
         set_seed(config.seed)
-        self.data = open_data(config, accelerator)
+        self.data = open_data(config, accelerator, folder)
         if self.data.validation is None and self.data.test is None:
             option = '--streaming' if config.streaming else f'--val-fraction {config.val_fraction:g}'
             raise ConfigError(
@@ -119,7 +119,7 @@ class Run:
         self.costs = exit_costs(model, self.data_config['input_size'])
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
-        self.task = build_task(config, model, self.device, self.data_config).to(self.device)
+        self.task = build_task(config, model, self.device, self.data_config, self.data).to(self.device)
         if config.channels_last and not is_sharded(accelerator):  # FSDP asks for contiguous parameters
             self.task.to(memory_format=torch.channels_last)
         self.loaders = Loaders(config, self.data, self.data_config, accelerator)

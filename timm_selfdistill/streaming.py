@@ -1,7 +1,7 @@
 """Data sets that are read as they come, from the Hub or from files, and their batches."""
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import datasets
 import numpy as np
@@ -10,25 +10,17 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from .batches import EpochBatches
-from .data import (
-    DIGITS,
-    VALIDATION_NAMES,
-    DataError,
-    ImageData,
-    UnreadableImageError,
-    _open,
-    _pick_columns,
-    data_name,
-    seeded,
-)
+from .columns import choose_columns, is_image_feature
+from .data import ImageData, UnreadableImageError, data_name, seeded
+from .data_files import DIGITS, IMAGES, SAVED, Files, find_files, name_splits, open_files, reason_of
+from .errors import DataError
+from .labels import Classes, find_classes, shortened, speller
 from .signals import keep_worker_alive
 
 __all__ = [
     'SizedStreamedSplit', 'StreamError', 'StreamedLoader', 'StreamedSplit', 'create_streamed_eval_loader',
     'create_streamed_train_loader', 'load_streamed_data',
 ]
-
-IMAGES = 'imagefolder'
 
 # Shards that must fall to each of several readers before they divide a stream by shards; shares of fewer would differ
 # too much in length.
@@ -52,7 +44,7 @@ class StreamedSplit:
         name: What to call the part in messages.
         image_column: Its image column.
         label_column: Its label column.
-        num_classes: Labels are 0 or more and less than this.
+        classes: The classes that its labels mean.
         mode: PIL mode that images are converted to, `RGB` or `L`.
 
     Attributes:
@@ -65,14 +57,15 @@ class StreamedSplit:
             name: str,
             image_column: str,
             label_column: str,
-            num_classes: int,
+            classes: Classes,
             mode: str = 'RGB',
     ):
         # images stay encoded until they are needed: most of those that are read for their neighbours never are
         self.stream = stream.decode(False).select_columns([image_column, label_column])
         self.shards = self.stream.num_shards
         self.name, self.image_column, self.label_column = name, image_column, label_column
-        self.num_classes, self.mode = num_classes, mode
+        self.spell = speller(stream.features[label_column], label_column, f'the {name} part')
+        self.classes, self.mode = classes, mode
 
     def examples(self, shards: Iterable[int]) -> Iterator[_Example]:
         """Yield the examples of some shards, undecoded.
@@ -116,12 +109,14 @@ class StreamedSplit:
             StreamError: The label is missing or out of range; the message names shard and example, counted from 0.
             UnreadableImageError: The image cannot be decoded.
         """
-        label = example[1]
-        if label is None:
+        key = self.spell(example[1])
+        if key is None:
             raise StreamError(f'There is no label in {self._where(example)}.')
-        if not 0 <= label < self.num_classes:
-            raise StreamError(
-                f'Label {label} in {self._where(example)} is out of range: expected 0 to {self.num_classes - 1}.')
+        label = self.classes.number(key)
+        if label is None:
+            names, count = self.classes.names, self.classes.count
+            known = f'one of {shortened(names)}' if names else f'0 to {count - 1}'
+            raise StreamError(f'Label {key} in {self._where(example)} is out of range: expected {known}.')
         return transform(self.image(example)), label
 
 
@@ -150,30 +145,27 @@ def _length(stream: datasets.IterableDataset, part: str, files: List[str]) -> Op
     return None
 
 
-def _open_streams(
-        dataset: Optional[str],
-        data_dir: Optional[str],
-) -> Tuple[Dict[str, datasets.IterableDataset], Dict[str, Optional[int]]]:
-    """Open all parts; return them and their lengths, None where only reading to the end would tell."""
-    loader = DIGITS if dataset is None else dataset
-    if dataset is None and data_dir is not None:
-        saved = any((Path(data_dir) / file).exists() for file in ('dataset_dict.json', 'state.json'))
-        kinds = () if saved else ('parquet', 'arrow')
-        loader = next((kind for kind in kinds if any(Path(data_dir).rglob(f'*.{kind}'))), None if saved else IMAGES)
-    if loader in (None, DIGITS, IMAGES):  # rows can be picked without a copy on disk
-        tables = _open(dataset, data_dir)
-        if loader == IMAGES:  # sorted by class, which no buffer would undo
+def _open_streams(files: Files) -> Tuple[Dict[str, datasets.IterableDataset], Dict[str, Optional[int]]]:
+    """Open all splits; return them and their lengths, None where only reading to the end would tell."""
+    if files.kind in (DIGITS, IMAGES, SAVED):  # rows can be picked without a copy on disk
+        tables = open_files(files)
+        if files.kind == IMAGES:  # sorted by class, which no buffer would undo
             tables = {name: table.shuffle(seed=0) for name, table in tables.items()}
         streams = {n: t.to_iterable_dataset(num_shards=1 + min(len(t) // 1000, 127)) for n, t in tables.items()}
         return streams, {name: len(table) for name, table in tables.items()}
     try:
-        builder = datasets.load_dataset_builder(loader, data_dir=data_dir)
-        streams = builder.as_streaming_dataset()
-        files = builder.config.data_files or {}
-        return streams, {name: _length(stream, name, files.get(name, [])) for name, stream in streams.items()}
-    except (NotImplementedError, OSError, ValueError) as e:
-        place = f'--dataset {dataset}' if data_dir is None else f'--data-dir {data_dir} (read as {loader})'
-        raise DataError(f'{place}: {e}') from e
+        builder = datasets.load_dataset_builder(**files.arguments())
+        opened = builder.as_streaming_dataset()
+    except (ConnectionError, NotImplementedError, OSError, ValueError) as e:
+        raise DataError(f'{files.place}: {reason_of(e)}') from e
+    streams = name_splits(opened, files)
+    found = builder.config.data_files or {}
+    names = {id(stream): name for name, stream in opened.items()}
+    lengths = {}
+    for split, stream in streams.items():
+        name = names[id(stream)]
+        lengths[split] = _length(stream, name, found.get(name, []))
+    return streams, lengths
 
 
 def load_streamed_data(
@@ -184,6 +176,7 @@ def load_streamed_data(
         in_chans: int = 3,
         num_classes: Optional[int] = None,
         images_per_epoch: Optional[int] = None,
+        class_names: Optional[Sequence[str]] = None,
 ) -> ImageData:
     """Open a data set of labelled images without copying or reading it; see `data.load_image_data`.
 
@@ -199,6 +192,7 @@ def load_streamed_data(
         in_chans: Channels that images are converted to: 3, colour, or 1, grey.
         num_classes: Classes in the data, needed where the labels are plain whole numbers.
         images_per_epoch: Training examples that count as an epoch; all of them when None, where their number is known.
+        class_names: Names of the classes that a network knows. Labels are given the numbers of these.
 
     Returns:
         The data set; its parts are streams, of which the training part at least knows its length.
@@ -208,37 +202,43 @@ def load_streamed_data(
             examples is not known, no training part.
         UnreadableImageError: The first training image cannot be decoded.
     """
-    name = data_name(dataset, data_dir)
-    streams, lengths = _open_streams(dataset, data_dir)
+    name, files = data_name(dataset, data_dir), find_files(dataset, data_dir)
+    streams, lengths = _open_streams(files)
+    notes = files.notes
     if 'train' not in streams:
         raise DataError(f'{name} has no part named train; its parts are: {", ".join(streams)}.')
     features = streams['train'].features
     if features is None:
         raise DataError(f'{name} does not say what its columns hold, so that it cannot be streamed.')
-    image_column, label_column = _pick_columns(features, image_column, label_column, name)
-    feature = features[label_column]
-    label_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    num_classes = len(label_names) if label_names else num_classes
-    if num_classes is None:
-        raise DataError(
-            f'--num-classes: column {label_column} of {name} holds whole numbers, and a stream does not tell how many '
-            f'classes they stand for; pass their number.'
-        )
+    image_column, label_column = choose_columns(features, image_column, label_column, name, notes)
+    for split, stream in list(streams.items()):
+        missing = {image_column, label_column}.difference(stream.features or features)
+        if missing:
+            raise DataError(
+                f'The {split} part of {name} has no column {sorted(missing)[0]}; its columns are: '
+                f'{", ".join(stream.features)}. Give it the column, or remove the part from the data.'
+            )
+        if lengths[split] == 0:
+            raise DataError(f'The {split} part of {name} is empty. Give it images, or remove it.')
+        if not isinstance(stream.features[image_column], datasets.Image) and is_image_feature(
+                stream.features[image_column]):
+            streams[split] = stream.cast_column(image_column, datasets.Image())
+    classes = _stream_classes(features[label_column], label_column, name, num_classes, class_names, files)
     lengths['train'] = images_per_epoch or lengths['train']
     if lengths['train'] is None:
         raise DataError(
             f'--images-per-epoch: how many training images {name} has is not known; pass how many count as an epoch.')
 
-    def part(*names: str) -> Optional[StreamedSplit]:
-        found = next((n for n in names if n in streams), None)
-        if found is None:
+    def part(split: str) -> Optional[StreamedSplit]:
+        if split not in streams:
             return None
-        split = (streams[found], found, image_column, label_column, num_classes, 'L' if in_chans == 1 else 'RGB')
-        return StreamedSplit(*split) if lengths[found] is None else SizedStreamedSplit(*split, length=lengths[found])
+        args = (streams[split], split, image_column, label_column, classes, 'L' if in_chans == 1 else 'RGB')
+        return StreamedSplit(*args) if lengths[split] is None else SizedStreamedSplit(*args, length=lengths[split])
 
-    train, validation, test = part('train'), part(*VALIDATION_NAMES), part('test')
+    train, validation, test = part('train'), part('validation'), part('test')
     if test is not None and next(test.examples(range(test.shards)), (None, None))[1] == -1:
         test = None
+        notes.append('left aside: the test split, as its first label is -1, which stands for withheld')
     first = next(train.examples(range(train.shards)), None)
     if first is None:
         raise DataError(f'The train part of {name} is empty.')
@@ -248,10 +248,50 @@ def load_streamed_data(
         train=train,
         validation=validation,
         test=test,
-        num_classes=num_classes,
-        label_names=label_names,
+        num_classes=classes.count,
+        label_names=classes.names,
         image_size=(height, width),
-        mirrored=not (dataset in (None, DIGITS) and data_dir is None),
+        mirrored=files.kind != DIGITS,
+        notes=notes,
+    )
+
+
+def _stream_classes(
+        feature: Any,
+        column: str,
+        name: str,
+        num_classes: Optional[int],
+        class_names: Optional[Sequence[str]],
+        files: Files,
+) -> Classes:
+    """Find the classes of a stream: those of its feature, or of its parquet files, whose labels are quickly read.
+
+    Raises:
+        DataError: They cannot be known before the stream has been read.
+    """
+    if class_names is not None:
+        return Classes(class_names, num_classes, 'the network')
+    spell = speller(feature, column, name)
+    if isinstance(feature, datasets.ClassLabel) or feature.dtype == 'bool':
+        return find_classes(feature, [spell(False)], column)[0]
+    if num_classes is not None and not feature.dtype.startswith(('string', 'large_string')):
+        return Classes(None, num_classes)
+    if files.kind == 'parquet' and files.data_files and 'train' in files.data_files:
+        columns = (pq.read_table(file, columns=[column])[0] for file in files.data_files['train'])
+        values = {value for labels in columns for value in labels.unique().to_pylist()}
+        keys = [key for key in map(spell, values) if key is not None]
+        if keys:
+            classes, told = find_classes(feature, keys, column, num_classes)
+            files.notes += told
+            return classes
+    if feature.dtype.startswith(('string', 'large_string')):
+        raise DataError(
+            f'Column {column} of {name} holds texts, and a stream does not tell which there are. Leave out '
+            f'--streaming, or use parquet files or class labels of the datasets library.'
+        )
+    raise DataError(
+        f'--num-classes: column {column} of {name} holds whole numbers, and a stream does not tell how many '
+        f'classes they stand for; pass their number.'
     )
 
 

@@ -138,6 +138,7 @@ class SelfDistillationTask(TrainingTask):
         eta: η, share of the cross entropy against the tolerance, 0 to 1.
         k: K of the top score difference.
         teacher: A timm model. It is frozen, runs in eval mode and sees the same images, normalised as it expects.
+        teacher_classes: For each class of the model its number among the teacher's; the same numbers when None.
         label_weight: λ, share of the labels against the teacher, 0 to 1.
         teacher_temperature: Softens student and teacher, greater than 0.
         mean: Mean of the channels that the images were normalised with; the model's when None. The teacher needs it.
@@ -169,6 +170,7 @@ class SelfDistillationTask(TrainingTask):
             eta: float = 0.6,
             k: int = 5,
             teacher: Optional[nn.Module] = None,
+            teacher_classes: Optional[Sequence[int]] = None,
             label_weight: float = 0.6,
             teacher_temperature: float = 1.0,
             mean: Optional[Sequence[float]] = None,
@@ -222,7 +224,7 @@ class SelfDistillationTask(TrainingTask):
         )
         self.teacher: Optional[DistillationTeacher] = None
         if teacher is not None:
-            self._set_teacher(teacher, model, mean, std)
+            self._set_teacher(teacher, teacher_classes, model, mean, std)
         self.set_progress(0.)
         if self.verbose:
             _logger.info(f'{type(self).__name__}: {self.schedules}, {self.loss_args}')
@@ -230,11 +232,19 @@ class SelfDistillationTask(TrainingTask):
     def _set_teacher(
             self,
             teacher: nn.Module,
+            classes: Optional[Sequence[int]],
             model: MultiExit,
             mean: Optional[Sequence[float]],
             std: Optional[Sequence[float]],
     ) -> None:
-        if teacher.num_classes != model.num_classes:
+        if classes is not None:
+            if len(classes) != model.num_classes or not all(0 <= c < teacher.num_classes for c in classes):
+                raise ValueError(
+                    f'teacher_classes={list(classes)}: expected {model.num_classes} numbers of classes from 0 to '
+                    f'{teacher.num_classes - 1}, one for each class of {model_name(model)}.'
+                )
+            classes = torch.tensor(classes, device=self.device)
+        elif teacher.num_classes != model.num_classes:
             raise ValueError(
                 f'The teacher {model_name(teacher)} has {teacher.num_classes} classes, the student '
                 f'{model_name(model)} {model.num_classes}; they must be the same.'
@@ -247,6 +257,7 @@ class SelfDistillationTask(TrainingTask):
         # timm's teacher compares mean and std at every step, which waits for the device
         scale, shift = std / self.teacher.std_kd, (mean - self.teacher.mean_kd) / self.teacher.std_kd
         self.same_view = bool((scale == 1).all() and (shift == 0).all())
+        self.register_buffer('teacher_classes', classes, persistent=False)
         self.register_buffer('teacher_scale', scale, persistent=False)
         self.register_buffer('teacher_shift', shift, persistent=False)
 
@@ -325,6 +336,8 @@ class SelfDistillationTask(TrainingTask):
             with torch.no_grad():
                 view = input if self.same_view else input * self.teacher_scale + self.teacher_shift
                 teacher_logits = self.teacher(view).float()  # under autocast it may come in half precision
+                if self.teacher_classes is not None:
+                    teacher_logits = teacher_logits[:, self.teacher_classes]
         loss, terms = self.compute_loss(
             logits, target, hints, hint_target, criterion=self.criterion, teacher_logits=teacher_logits,
             **self.loss_args)
