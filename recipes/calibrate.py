@@ -217,6 +217,8 @@ def main() -> None:
         dataset=data.name, aim={option: value}, unit=calibration.unit,
         images={part: len(logits[1]) for part, logits in parts.items()}, **points,
     )
+    if config.test_fraction is not None:
+        summary['test_fraction'] = config.test_fraction
     (folder / 'early_exit.json').write_text(json.dumps(summary, indent=2), encoding='utf-8')
     if is_complete(folder):
         write_card(folder)

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import datasets
 
-from .errors import DataError
+from .errors import DataError, counted
 from .image_folder import IMAGE_SUFFIXES, read_image_folder, walk
 from .labels import shortened
 from .split_names import SPLITS, choose_splits, split_of, splits_in
@@ -86,7 +86,7 @@ def find_files(dataset: Optional[str], data_dir: Optional[str]) -> Files:
     files = _sorted_by_split(kind, folder, [pair for pair in found if Path(pair[1]).suffix.lower() == f'.{kind}'])
     images = sum(suffixes[suffix] for suffix in IMAGE_SUFFIXES)
     if images:
-        files.notes.append(f'left aside: {images} image files, since there are {kind} files')
+        files.notes.append(f'left aside: {counted(images, "image file")}, since there are {kind} files')
     return files
 
 

@@ -14,7 +14,7 @@ from typing import Dict, Iterator, List, Tuple
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from .errors import DataError
+from .errors import DataError, counted
 from .split_names import allowed_names, choose_splits, split_of
 
 __all__ = ['IMAGE_SUFFIXES', 'read_image_folder', 'walk']
@@ -83,9 +83,10 @@ def _find_split_folders(folder: Path, notes: List[str]) -> Dict[str, Path]:
     holding = {name: count for name in others if (count := _images_below(folder / name))}
     if found and not with_classes:
         name = next(iter(found.values()))
+        images = counted(_images_in(folder / name), 'image')
         raise DataError(
-            f'{folder / name} has the name of a split, but holds {_images_in(folder / name)} images and no class '
-            f'folders with images. Expected one folder for each class in it. If {name} is a class itself, put all '
+            f'{folder / name} has the name of a split, but holds {images} and no class folders '
+            f'with images. Expected one folder for each class in it. If {name} is a class itself, put all '
             f'class folders into a folder named train.'
         )
     if not with_classes:
@@ -97,8 +98,9 @@ def _find_split_folders(folder: Path, notes: List[str]) -> Dict[str, Path]:
         if not _images_in(folder / name):
             raise DataError(
                 f'{folder / name}: the {split} split holds no images. Add class folders with images, or remove it.')
-        notes.append(f'left aside: {name}/ holds {_images_in(folder / name)} images in no class folder, so no labels')
-    notes += [f'left aside: {name}/ ({count} images) is not the name of a split' for name, count in holding.items()]
+        images = counted(_images_in(folder / name), 'image')
+        notes.append(f'left aside: {name}/ holds {images} in no class folder, so without labels')
+    notes += [f'left aside: {name}/ ({counted(n, "image")}) is not the name of a split' for name, n in holding.items()]
     return with_classes
 
 
@@ -144,13 +146,14 @@ def _read_split(folder: Path, aside: 'Counter[str]', notes: List[str]) -> List[T
     hidden = next((name for name in images if name.startswith('.')), None)
     if hidden is not None:
         raise DataError(
-            f'{folder / hidden}: a hidden folder with {images[hidden]} images where classes are. Remove or rename it.')
+            f'{folder / hidden}: a hidden folder with {counted(images[hidden], "image")} where classes are. Remove or '
+            f'rename it.')
     empty = [f'{name}/' for name in names if not images[name]]
     if empty:
         notes.append(f'left aside: {", ".join(empty)} in {folder.name}/: no images, so no class')
     direct = _images_in(folder)
     if direct:
-        notes.append(f'left aside: {direct} images directly in {folder.name}/, in no class folder')
+        notes.append(f'left aside: {counted(direct, "image")} directly in {folder.name}/, in no class folder')
     return [(path, names[number]) for path, number in samples]
 
 
@@ -172,19 +175,19 @@ def read_image_folder(folder: Path) -> Tuple[Dict[str, List[Tuple[str, str]]], L
     aside: Counter = Counter()
     if not _folders(folder):
         raise DataError(
-            f'{folder} holds {_images_in(folder)} images and no class folders. Expected one folder for each class, as '
-            f'in cat/1.jpg or train/cat/1.jpg.'
+            f'{folder} holds {counted(_images_in(folder), "image")} and no class folders. Expected one folder for each '
+            f'class, as in cat/1.jpg or train/cat/1.jpg.'
         )
     splits = {}
     folders = _find_split_folders(folder, notes)
     for split, where in folders.items():
         splits[split] = _read_split(where, aside, notes)
     if _images_in(folder) and folder not in folders.values():
-        notes.append(f'left aside: {_images_in(folder)} images directly in {folder.name}/, in no split')
+        notes.append(f'left aside: {counted(_images_in(folder), "image")} directly in {folder.name}/, in no split')
     if not any(splits.values()):
         kinds = ', '.join(f'{suffix} {count}' for suffix, count in sorted(aside.items())) or 'none'
         raise DataError(f'{folder} holds no images in class folders; files found by their ending: {kinds}.')
     if aside:
         kinds = ', '.join(f'{suffix} {count}' for suffix, count in sorted(aside.items()))
-        notes.append(f'left aside: {sum(aside.values())} files that are no images by their ending ({kinds})')
+        notes.append(f'left aside as no images by their ending: {counted(sum(aside.values()), "file")} ({kinds})')
     return splits, notes

@@ -11,7 +11,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 import datasets
 import numpy as np
 
-from .errors import DataError
+from .errors import DataError, counted
 
 __all__ = ['Classes', 'Key', 'find_classes', 'is_label_feature', 'label_keys', 'match_classes', 'shortened', 'speller']
 
@@ -147,7 +147,7 @@ class Classes:
         unknown = sorted(key for key, number in known.items() if number is None and isinstance(key, str))
         if unknown:
             counts = Counter(keys)
-            listed = shortened([f'{name} ({counts[name]} images)' for name in unknown])
+            listed = shortened([f'{name} ({counted(counts[name], "image")})' for name in unknown])
             owned = 'no names of classes' if self.names is None else shortened(self.names)
             raise DataError(
                 f'The {split} part of {where} has classes that {self.owner} does not know: {listed}. '
