@@ -12,7 +12,6 @@ from PIL import Image
 
 from timm_selfdistill.data import UnreadableImageError
 from timm_selfdistill.errors import DataError
-from timm_selfdistill.labels import Classes
 from timm_selfdistill.streaming import (
     StreamedSplit,
     StreamError,
@@ -346,7 +345,7 @@ def test_unreadable_and_missing_images_are_named(tmp_path):
         damaged.to_parquet(tmp_path / f'train-{shard}.parquet')
     part = load_streamed_data(data_dir=str(tmp_path)).train
     for start, message in enumerate(['There is no image in', 'Cannot read the image in']):
-        one = StreamedSplit(part.stream.shard(2, start), 'train', 'img', 'label', Classes(None, 3))
+        one = StreamedSplit(part.stream.shard(2, start), 'train', 'img', 'label', part.classes)
         with pytest.raises(UnreadableImageError, match=f'{message} example 5 of shard 0 of the train part'):
             list(create_streamed_eval_loader(one, number_and_draws, 4))
 
@@ -372,7 +371,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path):
     folder = write_shards(tmp_path / 'c', (5,))
     [file] = (tmp_path / 'c').iterdir()
     pq.ParquetWriter(file, pq.read_schema(file)).close()
-    with pytest.raises(DataError, match='The train part of c is empty'):
+    with pytest.raises(DataError, match='The train part of .*c is empty'):
         load_streamed_data(data_dir=folder, images_per_epoch=5)
     (tmp_path / 'd').mkdir()
     (tmp_path / 'd' / 'train.parquet').write_bytes(b'PAR1 and nothing more')

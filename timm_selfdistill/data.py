@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .columns import choose_columns, with_images
-from .data_files import DIGITS, IMAGES, find_files, open_files
+from .data_files import DIGITS, IMAGES, empty_split, find_files, open_files
 from .errors import DataError
 from .labels import Classes, Key, find_classes, label_keys, shortened
 
@@ -284,7 +284,7 @@ def load_image_data(
         raise DataError(f'{name} has no part named train; its parts are: {", ".join(tables)}.')
     for split, table in tables.items():
         if not len(table):
-            raise DataError(f'The {split} part of {name} is empty. Give it images, or remove it.')
+            raise DataError(empty_split(split, name))
     first = next(iter(tables.values()))
     image_column, label_column = choose_columns(first.features, image_column, label_column, name, notes)
     keys: Dict[str, List[Key]] = {}

@@ -4,6 +4,7 @@ What lies in a folder is told in this order: a data set that the `datasets` libr
 file; parquet files; arrow files; images in one folder a class. Splits are told by name, see `split_names`.
 """
 import glob
+import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import datasets
+import pyarrow.parquet as pq
 
 from .errors import DataError, counted
 from .image_folder import IMAGE_SUFFIXES, read_image_folder, walk
 from .labels import shortened
 from .split_names import SPLITS, choose_splits, split_of, splits_in
 
-__all__ = ['DIGITS', 'IMAGES', 'SAVED', 'Files', 'find_files', 'load_digits', 'open_files', 'reason_of']
+__all__ = [
+    'DIGITS', 'IMAGES', 'SAVED', 'Files', 'check_tables', 'empty_split', 'find_files', 'load_digits', 'name_splits',
+    'open_files', 'reason_of',
+]
 
 DIGITS, IMAGES, SAVED = 'digits', 'imagefolder', 'saved data set'
 _TABLES = ('parquet', 'arrow')
@@ -46,12 +51,19 @@ class Files:
             return f'--dataset {self.kind}'
         return f'--data-dir {self.data_dir} (read as {self.kind})'
 
-    def arguments(self) -> Dict[str, Any]:
-        """Return the arguments of `datasets.load_dataset` and of `datasets.load_dataset_builder`."""
+    def arguments(self) -> List[Dict[str, Any]]:
+        """Return the arguments of `datasets.load_dataset` and of `datasets.load_dataset_builder` that open the splits.
+
+        Each split that has files is opened by itself: opened together all would get the features of the first one, and
+        with them its names of the classes, whatever their own order.
+        """
         if self.data_files is None:
-            return dict(path=self.kind, data_dir=self.data_dir)
-        escaped = {split: [glob.escape(file) for file in files] for split, files in self.data_files.items()}
-        return dict(path=self.kind, data_files=escaped, **(dict(drop_labels=True) if self.kind == IMAGES else {}))
+            return [dict(path=self.kind, data_dir=self.data_dir)]
+        more = dict(drop_labels=True) if self.kind == IMAGES else {}
+        return [
+            dict(path=self.kind, data_files={split: [glob.escape(file) for file in files]}, **more)
+            for split, files in self.data_files.items()
+        ]
 
 
 def find_files(dataset: Optional[str], data_dir: Optional[str]) -> Files:
@@ -174,13 +186,54 @@ def open_files(files: Files) -> Dict[str, datasets.Dataset]:
             return dict(load_digits())
         if files.kind == IMAGES and files.data_files is None and files.data_dir is not None:
             return _image_tables(files)
-        opened = datasets.load_from_disk(files.data_dir) if files.kind == SAVED else datasets.load_dataset(
-            **files.arguments())
+        if files.kind == SAVED:
+            return name_splits(_load_saved(Path(files.data_dir)), files)
+        check_tables(files)
+        opened: Dict[str, datasets.Dataset] = {}
+        for arguments in files.arguments():
+            opened.update(datasets.load_dataset(**arguments))
     except DataError:
         raise
     except (ConnectionError, OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as e:
         raise DataError(f'{files.place}: {reason_of(e)}') from e
-    return name_splits(opened if isinstance(opened, dict) else dict(train=opened), files)
+    return name_splits(opened, files)
+
+
+def _load_saved(folder: Path) -> Dict[str, datasets.Dataset]:
+    """Load a data set, or a single split, that the `datasets` library saved."""
+    about = folder / 'dataset_dict.json'
+    names = json.loads(about.read_text(encoding='utf-8'))['splits'] if about.exists() else None
+    folders = dict(train=folder) if names is None else {name: folder / name for name in names}
+    for name, saved in folders.items():
+        if not json.loads((saved / 'state.json').read_text(encoding='utf-8'))['_data_files']:
+            raise DataError(empty_split(name, str(folder)))
+    return {name: datasets.load_from_disk(str(saved)) for name, saved in folders.items()}
+
+
+def check_tables(files: Files) -> None:
+    """Check that the parquet files of a split have rows and agree on what their columns hold.
+
+    Raises:
+        DataError: They do not.
+    """
+    if files.kind != 'parquet' or files.data_files is None:
+        return
+    for split, paths in files.data_files.items():
+        if not sum(pq.read_metadata(path).num_rows for path in paths):
+            raise DataError(empty_split(split, files.data_dir))
+        features = [datasets.Features.from_arrow_schema(pq.read_schema(path)) for path in paths]
+        other = next((i for i, own in enumerate(features) if own != features[0]), None)
+        if other is not None:
+            columns = [c for c in features[other] if features[other][c] != features[0].get(c)] or [*features[0]]
+            raise DataError(
+                f'{paths[other]} and {paths[0]} are both of the {split} split, but do not agree on what their columns '
+                f'hold: {shortened(columns)}. Columns and names of classes have to be the same in all files of a split.'
+            )
+
+
+def empty_split(split: str, where: str) -> str:
+    """Return what to say of a split without images."""
+    return f'The {split} part of {where} is empty. Give it images, or remove it from the data.'
 
 
 def name_splits(opened: Dict[str, Any], files: Files) -> Dict[str, Any]:

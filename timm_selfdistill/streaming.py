@@ -12,7 +12,18 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from .batches import EpochBatches
 from .columns import choose_columns, is_image_feature
 from .data import ImageData, UnreadableImageError, data_name, seeded
-from .data_files import DIGITS, IMAGES, SAVED, Files, find_files, name_splits, open_files, reason_of
+from .data_files import (
+    DIGITS,
+    IMAGES,
+    SAVED,
+    Files,
+    check_tables,
+    empty_split,
+    find_files,
+    name_splits,
+    open_files,
+    reason_of,
+)
 from .errors import DataError
 from .labels import Classes, find_classes, shortened, speller
 from .signals import keep_worker_alive
@@ -154,18 +165,19 @@ def _open_streams(files: Files) -> Tuple[Dict[str, datasets.IterableDataset], Di
         streams = {n: t.to_iterable_dataset(num_shards=1 + min(len(t) // 1000, 127)) for n, t in tables.items()}
         return streams, {name: len(table) for name, table in tables.items()}
     try:
-        builder = datasets.load_dataset_builder(**files.arguments())
-        opened = builder.as_streaming_dataset()
+        check_tables(files)
+        opened, found = {}, {}
+        for arguments in files.arguments():
+            builder = datasets.load_dataset_builder(**arguments)
+            opened.update(builder.as_streaming_dataset())
+            found.update(builder.config.data_files or {})
+    except DataError:
+        raise
     except (ConnectionError, NotImplementedError, OSError, ValueError) as e:
         raise DataError(f'{files.place}: {reason_of(e)}') from e
-    streams = name_splits(opened, files)
-    found = builder.config.data_files or {}
-    names = {id(stream): name for name, stream in opened.items()}
-    lengths = {}
-    for split, stream in streams.items():
-        name = names[id(stream)]
-        lengths[split] = _length(stream, name, found.get(name, []))
-    return streams, lengths
+    named = name_splits({name: name for name in opened}, files)
+    streams = {split: opened[name] for split, name in named.items()}
+    return streams, {split: _length(opened[name], name, found.get(name, [])) for split, name in named.items()}
 
 
 def load_streamed_data(
@@ -219,7 +231,7 @@ def load_streamed_data(
                 f'{", ".join(stream.features)}. Give it the column, or remove the part from the data.'
             )
         if lengths[split] == 0:
-            raise DataError(f'The {split} part of {name} is empty. Give it images, or remove it.')
+            raise DataError(empty_split(split, name))
         if not isinstance(stream.features[image_column], datasets.Image) and is_image_feature(
                 stream.features[image_column]):
             streams[split] = stream.cast_column(image_column, datasets.Image())
@@ -241,7 +253,7 @@ def load_streamed_data(
         notes.append('left aside: the test split, as its first label is -1, which stands for withheld')
     first = next(train.examples(range(train.shards)), None)
     if first is None:
-        raise DataError(f'The train part of {name} is empty.')
+        raise DataError(empty_split('train', name))
     width, height = train.image(first).size
     return ImageData(
         name=name,
