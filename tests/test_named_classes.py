@@ -1,0 +1,144 @@
+"""Networks meet data whose classes stand in another order, or that have other splits: from the command line."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+
+from timm_selfdistill.hub import save_model
+
+RECIPES = Path(__file__).parent.parent / 'recipes'
+NAMES = ['apple', 'bus', 'castle', 'lion', 'rose']
+
+pytestmark = pytest.mark.slow
+
+
+def run(recipe, *args, status=0):
+    out = subprocess.run(
+        [sys.executable, RECIPES / f'{recipe}.py', *map(str, args)], capture_output=True, text=True, timeout=300)
+    assert out.returncode == status, out.stdout + out.stderr
+    return out
+
+
+def grey(number):
+    """Make an image whose class a network can read off: its shade."""
+    return Image.new('RGB', (32, 32), (40 + 40 * number,) * 3)
+
+
+def write_images(folder, names, split, count=8):
+    """Write images of some of the classes into folders of their names."""
+    for name in names:
+        (folder / split / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            grey(NAMES.index(name)).save(folder / split / name / f'test_{i}.png')  # file names mean nothing
+    return folder
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """A network that knows the five shades by heart, whatever machine it learns them on."""
+    folder = tmp_path_factory.mktemp('run')
+    model = timm.create_model('test_vit_sd', num_classes=5, img_size=32, exits=(0,), exit_head='linear')
+    data_config = resolve_data_config(dict(input_size=(3, 32, 32), mean=(0.,) * 3, std=(1.,) * 3), model=model)
+    images = torch.stack([torch.full((3, 32, 32), (40 + 40 * n) / 255) for n in range(5)])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        loss = sum(torch.nn.functional.cross_entropy(z, torch.arange(5)) for z in model.train().forward_exits(images))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert all(z.argmax(-1).tolist() == list(range(5)) for z in model.eval().forward_exits(images))
+    save_model(model, folder, data_config, NAMES)
+    return folder
+
+
+def top1(out):
+    return [row['top1'] for row in json.loads(out.stdout)['exits']]
+
+
+@pytest.mark.parametrize('names, split', [(['lion', 'rose'], 'test'), (['rose', 'apple', 'castle'], 'Testing')])
+def test_a_folder_of_some_classes_is_measured_by_name(checkpoint, tmp_path, names, split):
+    out = run('evaluate', '--checkpoint', checkpoint, '--data-dir', write_images(tmp_path, names, split), '--json')
+    assert set(top1(out)) == {100.}
+    assert f'{8 * len(names)} test images; 5 classes: apple, bus' in out.stderr
+
+
+def test_class_folders_without_splits_are_measured_whole(checkpoint, tmp_path):
+    out = run('evaluate', '--checkpoint', checkpoint, '--data-dir', write_images(tmp_path, NAMES[1:], '.'), '--json')
+    assert set(top1(out)) == {100.}
+    assert json.loads(out.stdout)['exits'][0]['count'] == 32
+
+
+def test_classes_that_the_network_does_not_know_are_listed(checkpoint, tmp_path):
+    write_images(tmp_path, ['lion'], 'test')
+    for name in ('zebra', 'Lion'):
+        (tmp_path / 'test' / name).mkdir()
+        grey(0).save(tmp_path / 'test' / name / '0.png')
+    out = run('evaluate', '--checkpoint', checkpoint, '--data-dir', tmp_path, status=2)
+    assert 'does not know: Lion (1 image), zebra (1 image). It knows: apple, bus, castle, lion, rose' in out.stderr
+    assert 'Traceback' not in out.stderr
+
+
+def test_train_and_val_are_enough_to_calibrate(checkpoint, tmp_path):
+    write_images(tmp_path, NAMES, 'train', 3)
+    write_images(tmp_path, NAMES[::2], 'val', 20)
+    common = ['calibrate', '--checkpoint', checkpoint, '--data-dir', tmp_path, '--accuracy-drop', 0]
+    out = run(*common, '--output', tmp_path / 'out')
+    assert 'has no test part, so nothing was measured' in ' '.join(out.stdout.split())
+    told = json.loads((checkpoint / 'early_exit.json').read_text())
+    assert told['images'] == dict(validation=60) and 'test' not in told
+    assert told['validation']['top1'] == 100.
+    header = (tmp_path / 'out' / 'early_exit.csv').read_text().splitlines()[0]
+    assert header == 'family,thresholds,validation_cost,validation_top1'
+    out = run(*common, '--test-fraction', 0.25, '--output', tmp_path / 'out')
+    told = json.loads((checkpoint / 'early_exit.json').read_text())
+    assert told['images'] == dict(validation=45, test=15)
+    assert told['test_fraction'] == 0.25
+    assert 'nothing was measured' not in out.stdout
+    for fraction, message in ((1.5, 'more than 0 and less than 1'), (0, 'more than 0 and less than 1')):
+        assert message in run(*common, '--test-fraction', fraction, status=2).stderr
+    write_images(tmp_path, NAMES, 'test', 2)
+    assert 'has a test part already' in run(*common, '--test-fraction', 0.5, status=2).stderr
+
+
+def test_a_teacher_of_the_same_names_in_another_order_teaches_by_name(checkpoint, tmp_path):
+    folder = write_images(tmp_path / 'data', NAMES[3:], 'train', 40)
+    write_images(tmp_path / 'data', NAMES[3:], 'val', 8)
+    common = ['train', '--model', 'test_vit', '--img-size', 32, '--teacher', checkpoint, '--method', 'kd',
+              '--label-weight', 0, '--data-dir', folder, '--epochs', 6, '--batch-size', 16, '--opt', 'adamw', '--lr',
+              0.003, '--mean', 0, 0, 0, '--std', 1, 1, 1, '--output', tmp_path]
+    run(*common, '--experiment', 'lions')
+    # taught by the teacher's scores of lions and roses alone, the student knows them
+    results = json.loads((tmp_path / 'lions' / 'results.json').read_text())
+    assert results['validation'][0]['top1'] == 100.
+    other = write_images(tmp_path / 'other', ['lion'], 'train', 20)
+    (other / 'train' / 'zebra').mkdir()
+    grey(0).save(other / 'train' / 'zebra' / '0.png')
+    common[common.index('--data-dir') + 1] = other
+    out = run(*common, '--experiment', 'zebras', status=2)
+    assert 'does not know the classes zebra. It knows: apple, bus, castle, lion, rose' in out.stderr
+
+
+def test_transfer_and_analyze_meet_other_data(checkpoint, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 12), ('valid', 4), ('testing', 4)):
+        for name in ('ant', 'bee'):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f'{i}.png')
+    run('transfer', '--checkpoint', checkpoint, '--data-dir', tmp_path, '--output', tmp_path / 'out')
+    assert len((tmp_path / 'out' / 'transfer.csv').read_text().splitlines()) == 3
+    out = run('analyze', '--checkpoint', checkpoint, '--data-dir', tmp_path, status=2)
+    assert 'the network does not know: ant' in out.stderr
+    known = write_images(tmp_path / 'known', NAMES, 'test', 4)
+    out = run('analyze', '--checkpoint', checkpoint, '--data-dir', known, '--analysis', 'secondary',
+              '--output', tmp_path / 'secondary')
+    assert 'secondary information' in out.stdout
