@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .errors import DataError
+from .images import UnreadableImageError, decode_image, printable
+
 __all__ = [
     'DIGITS', 'DataError', 'ImageData', 'ImageSplit', 'UnreadableImageError', 'data_name', 'load_digits',
     'load_image_data', 'seeded',
@@ -18,16 +21,6 @@ __all__ = [
 
 DIGITS = 'digits'
 VALIDATION_NAMES = ('validation', 'valid', 'val', 'dev')
-
-
-class DataError(ValueError):
-    """The data cannot be used as they are; the message says what, where and what to do."""
-
-
-class UnreadableImageError(DataError):
-    """An image cannot be decoded."""
-
-    local = True  # of several processes only the one that came upon it knows
 
 
 class ImageSplit(Dataset):
@@ -55,7 +48,8 @@ class ImageSplit(Dataset):
     def __init__(self, table: datasets.Dataset, name: str, image_column: str, label_column: str, mode: str = 'RGB'):
         self.name = self.origin = name
         self.image_column = image_column
-        self.images = table.select_columns(image_column)
+        # undecoded: so it is known where an image lies
+        self.images = table.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         self.mode = mode
         labels = table[label_column][:]
         missing = next((i for i, label in enumerate(labels) if label is None), None)
@@ -84,17 +78,16 @@ class ImageSplit(Dataset):
         """Decode one image.
 
         Raises:
-            UnreadableImageError: It cannot be decoded; the message names its row in the data set.
+            UnreadableImageError: It cannot be decoded; the message names its path, if it has one, and its row in the
+                data set.
         """
-        place = int(self.index[row])
-        try:
-            image = self.images[place][self.image_column]
-        except (OSError, SyntaxError, ValueError) as e:
-            raise UnreadableImageError(
-                f'Cannot read the image in row {place} of the {self.origin} part: {e}') from e
-        if image is None:
-            raise UnreadableImageError(f'There is no image in row {place} of the {self.origin} part.')
-        return image.convert(self.mode)
+        number = int(self.index[row])
+        stored = self.images[number][self.image_column]
+        path = stored and stored['path']
+        place = f'in row {number} of the {self.origin} part'
+        if path:
+            place = f'{printable(path)} (row {number} of the {self.origin} split)'
+        return decode_image(stored, self.mode, place)
 
     def __getitem__(self, key: Union[int, Tuple[int, int]]) -> Tuple[torch.Tensor, int]:
         epoch, row = key if isinstance(key, tuple) else (None, key)

@@ -13,14 +13,14 @@ from .batches import EpochBatches
 from .data import (
     DIGITS,
     VALIDATION_NAMES,
-    DataError,
     ImageData,
-    UnreadableImageError,
     _open,
     _pick_columns,
     data_name,
     seeded,
 )
+from .errors import DataError
+from .images import decode_image, printable
 from .signals import keep_worker_alive
 
 __all__ = [
@@ -93,7 +93,7 @@ class StreamedSplit:
 
     def _where(self, example: _Example) -> str:
         image, _, shard, row = example
-        path = f' ({image["path"]})' if image and image['path'] else ''
+        path = f' ({printable(image["path"])})' if image and image['path'] else ''
         return f'example {row} of shard {shard} of the {self.name} part{path}'
 
     def image(self, example: _Example):
@@ -102,12 +102,7 @@ class StreamedSplit:
         Raises:
             UnreadableImageError: It cannot be decoded; the message names shard and example, counted from 0.
         """
-        if example[0] is None:
-            raise UnreadableImageError(f'There is no image in {self._where(example)}.')
-        try:
-            return datasets.Image().decode_example(example[0]).convert(self.mode)
-        except (OSError, SyntaxError, ValueError) as e:
-            raise UnreadableImageError(f'Cannot read the image in {self._where(example)}: {e}') from e
+        return decode_image(example[0], self.mode, f'in {self._where(example)}')
 
     def item(self, example: _Example, transform: Callable) -> Tuple[torch.Tensor, int]:
         """Return an example's image tensor (C, H, W) and label.
