@@ -4,7 +4,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import datasets
 import numpy as np
@@ -40,6 +40,7 @@ class ImageSplit(Dataset):
         index: Rows of the table that belong to the part, all at first.
         transform: Turns a PIL image into a tensor.
         seed: Seed of the transform's random draws.
+        checked: Whether the images that cannot be read have been left out.
 
     Raises:
         DataError: A row has no label.
@@ -59,6 +60,7 @@ class ImageSplit(Dataset):
         self.index = np.arange(len(labels))
         self.transform: Optional[Callable] = None
         self.seed = 0
+        self.checked = False
 
     def select(self, index: np.ndarray, name: str) -> 'ImageSplit':
         """Return a part of this part, which messages still call by its row and part in the data set."""
@@ -284,6 +286,23 @@ def _superclasses(table: datasets.Dataset, column: str, labels: np.ndarray, num_
     return found
 
 
+def first_image(decode: Callable, images: Iterable, skip_unreadable: bool):
+    """Decode the first image, or with `skip_unreadable` the first that can be.
+
+    Raises:
+        UnreadableImageError: It cannot be decoded, or none can.
+    """
+    problem = None
+    for image in images:
+        try:
+            return decode(image)
+        except UnreadableImageError as e:
+            problem = problem or e
+            if not skip_unreadable:
+                break
+    raise problem
+
+
 def data_name(dataset: Optional[str], data_dir: Optional[str]) -> str:
     """Return what data opened with these settings are called."""
     return dataset or (Path(data_dir).name if data_dir else DIGITS)
@@ -297,6 +316,7 @@ def load_image_data(
         val_fraction: float = 0.1,
         in_chans: int = 3,
         superclass_column: Optional[str] = None,
+        skip_unreadable: bool = False,
 ) -> ImageData:
     """Open a data set of labelled images.
 
@@ -310,10 +330,13 @@ def load_image_data(
             out nothing.
         in_chans: Channels that images are converted to: 3, colour, or 1, grey.
         superclass_column: Which column holds the superclass of the label; None where none is needed.
+        skip_unreadable: Take the size of the images from the first that can be read. `unreadable.leave_out` takes the
+            others out.
 
     Raises:
         DataError: No such folder, columns missing or ambiguous, labels out of range, no training part, a class without
             one superclass.
+        UnreadableImageError: The first training image cannot be decoded.
     """
     if not 0 <= val_fraction < 1:
         raise DataError(f'--val-fraction {val_fraction}: expected 0 or more and less than 1.')
@@ -346,7 +369,7 @@ def load_image_data(
         superclasses = _superclasses(opened['train'], superclass_column, train.labels, num_classes, name)
     if validation is None and val_fraction > 0:
         train, validation = _hold_out(train, val_fraction)
-    width, height = train.image(0).size
+    width, height = first_image(train.image, range(len(train)), skip_unreadable).size
     return ImageData(
         name=name,
         train=train,

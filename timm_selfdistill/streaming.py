@@ -1,5 +1,6 @@
 """Data sets that are read as they come, from the Hub or from files, and their batches."""
-from itertools import count, islice
+from copy import copy
+from itertools import chain, count, islice, tee
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
@@ -17,11 +18,13 @@ from .data import (
     _open,
     _pick_columns,
     data_name,
+    first_image,
     seeded,
 )
 from .errors import DataError
-from .images import decode_image, printable
+from .images import UnreadableImageError, decode_image, printable
 from .signals import keep_worker_alive
+from .unreadable import SkippedImages, Unreadable
 
 __all__ = [
     'SizedStreamedSplit', 'StreamError', 'StreamedLoader', 'StreamedSplit', 'create_streamed_eval_loader',
@@ -33,6 +36,9 @@ IMAGES = 'imagefolder'
 # Shards that must fall to each of several readers before they divide a stream by shards; shares of fewer would differ
 # too much in length.
 _SHARDS = 3
+
+# Images in a row, none of which can be read, that are too many to go on.
+_TRIES = 1000
 
 # Encoded image, label, number of the shard, number of the example in it.
 _Example = Tuple[Any, Any, int, int]
@@ -57,6 +63,7 @@ class StreamedSplit:
 
     Attributes:
         shards: Number of the pieces, as a rule files, that can be read independently.
+        skipped: Takes note of images that cannot be read and are skipped; when None the first of them is an error.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class StreamedSplit:
         self.shards = self.stream.num_shards
         self.name, self.image_column, self.label_column = name, image_column, label_column
         self.num_classes, self.mode = num_classes, mode
+        self.skipped: Optional[SkippedImages] = None
 
     def examples(self, shards: Iterable[int]) -> Iterator[_Example]:
         """Yield the examples of some shards, undecoded.
@@ -90,6 +98,18 @@ class StreamedSplit:
             except (OSError, ValueError) as e:
                 reason = ' '.join(str(e).split())
                 raise StreamError(f'Cannot read on in shard {shard} of the {self.name} part: {reason}') from e
+
+    def skip(self, example: _Example, error: UnreadableImageError) -> None:
+        """Go on after an image that cannot be read.
+
+        Raises:
+            UnreadableImageError: It is not to be skipped.
+        """
+        if self.skipped is None:
+            raise error
+        _, _, shard, row = example
+        place = f'example {row} of shard {shard}'
+        self.skipped.note(Unreadable(self.name, place, error.path or '', error.reason))
 
     def _where(self, example: _Example) -> str:
         image, _, shard, row = example
@@ -179,6 +199,7 @@ def load_streamed_data(
         in_chans: int = 3,
         num_classes: Optional[int] = None,
         images_per_epoch: Optional[int] = None,
+        skip_unreadable: bool = False,
 ) -> ImageData:
     """Open a data set of labelled images without copying or reading it; see `data.load_image_data`.
 
@@ -194,6 +215,7 @@ def load_streamed_data(
         in_chans: Channels that images are converted to: 3, colour, or 1, grey.
         num_classes: Classes in the data, needed where the labels are plain whole numbers.
         images_per_epoch: Training examples that count as an epoch; all of them when None, where their number is known.
+        skip_unreadable: Go on after images that cannot be read, see `StreamedSplit.skipped`.
 
     Returns:
         The data set; its parts are streams, of which the training part at least knows its length.
@@ -234,10 +256,15 @@ def load_streamed_data(
     train, validation, test = part('train'), part(*VALIDATION_NAMES), part('test')
     if test is not None and next(test.examples(range(test.shards)), (None, None))[1] == -1:
         test = None
-    first = next(train.examples(range(train.shards)), None)
+    examples = train.examples(range(train.shards))
+    first = next(examples, None)
     if first is None:
         raise DataError(f'The train part of {name} is empty.')
-    width, height = train.image(first).size
+    width, height = first_image(train.image, chain([first], examples), skip_unreadable).size
+    if skip_unreadable:
+        for split in (train, validation, test):
+            if split is not None:
+                split.skipped = SkippedImages()
     return ImageData(
         name=name,
         train=train,
@@ -309,10 +336,28 @@ class _TrainShare(_Share):
             yield first
             yield from examples
 
+    def item(self, place: int, examples: Iterable[_Example]) -> Tuple[torch.Tensor, int]:
+        """Return image tensor and label of the first example, with the draws of its place in the epoch.
+
+        Where its image is skipped the next one that can be read takes its place, and comes once more in its own. So who
+        sees what does not depend on what others can read, nor on where in the epoch a run goes on.
+
+        Raises:
+            UnreadableImageError: An image that is not to be skipped, or too many in a row.
+        """
+        for tries, example in enumerate(examples, 1):
+            try:
+                with seeded(self.batches.seed, self.batches.epoch, place):
+                    return self.split.item(example, self.transform)
+            except UnreadableImageError as e:
+                self.split.skip(example, e)
+                if tries == _TRIES:
+                    raise
+
     def __iter__(self) -> Iterator[Optional[List[torch.Tensor]]]:
         batches = self.batches
         worker, workers, piece, pieces = self.divide()
-        examples, read = self.endless(piece, pieces), 0
+        (examples,), read = tee(self.endless(piece, pieces), 1), 0  # a copy of it looks ahead
         left_out = batches.start * batches.accumulate
         if worker < left_out % workers:
             yield None
@@ -326,8 +371,7 @@ class _TrainShare(_Share):
                 first = size * (number if pieces == self.world_size else number // workers)
             items = []
             for place, example in enumerate(islice(examples, first - read, first - read + size), places.start):
-                with seeded(batches.seed, batches.epoch, place):
-                    items.append(self.split.item(example, self.transform))
+                items.append(self.item(place, chain([example], copy(examples))))
             read = first + size
             yield default_collate(items)
 
@@ -340,7 +384,10 @@ class _EvalShare(_Share):
         examples = self.split.examples(range(piece, self.split.shards, pieces))
         sharers = self.world_size * workers // pieces
         for example in islice(examples, (self.rank * workers + worker) % sharers, None, sharers):
-            yield self.split.item(example, self.transform)
+            try:
+                yield self.split.item(example, self.transform)
+            except UnreadableImageError as e:
+                self.split.skip(example, e)
 
 
 class StreamedLoader:
