@@ -139,8 +139,8 @@ def _to_eight_bits(image: Image.Image, scale: int) -> Image.Image:
     if not (low >= 0 and high <= scale):  # neither holds for nan
         kind = 'floating point numbers' if image.mode == 'F' else 'integers'
         raise _Unreadable(
-            f'its pixels are {kind} from {low:g} to {high:g}, where 0 (black) to {scale} (white) is expected; '
-            f'8 or 16 bits without a sign say themselves what white is'
+            f'its pixels are {kind} from {low:g} to {high:g}, where 0 (black) to {scale} (white) is expected; store '
+            f'them so, or with 8 or 16 bits'
         )
     return Image.fromarray(np.rint(pixels * (255 / scale)).astype(np.uint8))
 
