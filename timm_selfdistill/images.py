@@ -19,8 +19,8 @@ __all__ = ['UnreadableImageError', 'decode_image', 'printable']
 # IPTC file to whatever format that is, EPS included.
 _CLOSED = ('EPS', 'IPTC')
 
-# How files begin that people take for images, and what to call them.
-_FOREIGN = {b'%!PS': 'EPS', b'\xc5\xd0\xd3\xc6': 'EPS', b'%PDF': 'PDF', b'<svg': 'SVG', b'<?xml': 'XML', b'<': 'HTML'}
+# How files begin that people take for images, in small letters, and what to call them.
+_FOREIGN = {b'%!ps': 'EPS', b'\xc5\xd0\xd3\xc6': 'EPS', b'%pdf': 'PDF', b'<svg': 'SVG', b'<?xml': 'XML', b'<': 'HTML'}
 
 _TRANSPARENT = ('LA', 'PA', 'RGBA', 'RGBa')
 
@@ -112,8 +112,18 @@ def _convert(data: bytes, mode: str) -> Image.Image:
             raise _Unreadable(found) from e
         scale = _full_scale(image)
         image.load()
+        if _cut_short(image, data):
+            raise _Unreadable('the file is cut short')
         ImageOps.exif_transpose(image, in_place=True)
         return (_flatten(image, mode) if scale is None else _to_eight_bits(image, scale)).convert(mode)
+
+
+def _cut_short(image: Image.Image, data: bytes) -> bool:
+    """Tell of the formats whose decoders pass over a missing end whether it is missing."""
+    if image.format == 'JPEG2000':  # a marker that no other bytes of the stream look like
+        return b'\xff\xd9' not in data
+    # 256 colours stand at the end behind a 12; without them the numbers of the colours would be taken for greys
+    return image.format == 'PCX' and image.mode == 'L' and data[-769:-768] != b'\x0c'
 
 
 def _full_scale(image: Image.Image) -> Optional[int]:
