@@ -89,6 +89,8 @@ class TrainConfig:
     """Read the data as they come instead of preparing them on disk first; nothing is held out for validation then."""
     images_per_epoch: Optional[int] = None
     """Training images that count as an epoch of streamed data; all of them when None, where their number is known."""
+    skip_unreadable: bool = False
+    """Go on without the images that cannot be read. All are decoded once before training, streamed ones on the way."""
     loader: Optional[Literal['device', 'workers']] = None
     """Where batches are made. device: decoded images lie in the device's memory and are augmented there. workers: by
     timm's transforms, image by image. When None the former where the images fit and --crop is pad."""

@@ -4,7 +4,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import datasets
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from .columns import choose_columns, with_images
 from .data_files import DIGITS, IMAGES, empty_split, find_files, open_files
 from .errors import DataError
+from .images import UnreadableImageError, decode_image, printable
 from .labels import Classes, Key, find_classes, label_keys, shortened
 
 __all__ = [
@@ -21,11 +22,6 @@ __all__ = [
     'load_image_data', 'seeded',
 ]
 
-
-class UnreadableImageError(DataError):
-    """An image cannot be decoded."""
-
-    local = True  # of several processes only the one that came upon it knows
 
 
 class ImageSplit(Dataset):
@@ -45,17 +41,20 @@ class ImageSplit(Dataset):
         index: Rows of the table that belong to the part, all at first.
         transform: Turns a PIL image into a tensor.
         seed: Seed of the transform's random draws.
+        checked: Whether the images that cannot be read have been left out.
     """
 
     def __init__(self, table: datasets.Dataset, name: str, image_column: str, labels: np.ndarray, mode: str = 'RGB'):
         self.name = self.origin = name
         self.image_column = image_column
-        self.images = table.select_columns(image_column)
+        # undecoded: so it is known where an image lies
+        self.images = table.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         self.mode = mode
         self._labels = np.asarray(labels)
         self.index = np.arange(len(labels))
         self.transform: Optional[Callable] = None
         self.seed = 0
+        self.checked = False
 
     def select(self, index: np.ndarray, name: str) -> 'ImageSplit':
         """Return a part of this part, which messages still call by its row and part in the data set."""
@@ -75,17 +74,16 @@ class ImageSplit(Dataset):
         """Decode one image.
 
         Raises:
-            UnreadableImageError: It cannot be decoded; the message names its row in the data set.
+            UnreadableImageError: It cannot be decoded; the message names its path, if it has one, and its row in the
+                data set.
         """
-        place = int(self.index[row])
-        try:
-            image = self.images[place][self.image_column]
-        except (OSError, SyntaxError, ValueError) as e:
-            raise UnreadableImageError(
-                f'Cannot read the image in row {place} of the {self.origin} part: {e}') from e
-        if image is None:
-            raise UnreadableImageError(f'There is no image in row {place} of the {self.origin} part.')
-        return image.convert(self.mode)
+        number = int(self.index[row])
+        stored = self.images[number][self.image_column]
+        path = stored and stored['path']
+        place = f'in row {number} of the {self.origin} part'
+        if path:
+            place = f'{printable(path)} (row {number} of the {self.origin} split)'
+        return decode_image(stored, self.mode, place)
 
     def __getitem__(self, key: Union[int, Tuple[int, int]]) -> Tuple[torch.Tensor, int]:
         epoch, row = key if isinstance(key, tuple) else (None, key)
@@ -207,6 +205,23 @@ def _superclasses(table: datasets.Dataset, column: str, labels: np.ndarray, num_
     return found
 
 
+def first_image(decode: Callable, images: Iterable, skip_unreadable: bool):
+    """Decode the first image, or with `skip_unreadable` the first that can be.
+
+    Raises:
+        UnreadableImageError: It cannot be decoded, or none can.
+    """
+    problem = None
+    for image in images:
+        try:
+            return decode(image)
+        except UnreadableImageError as e:
+            problem = problem or e
+            if not skip_unreadable:
+                break
+    raise problem
+
+
 def data_name(dataset: Optional[str], data_dir: Optional[str]) -> str:
     """Return what data opened with these settings are called."""
     return dataset or (Path(data_dir).resolve().name if data_dir else DIGITS)
@@ -253,6 +268,7 @@ def load_image_data(
         num_classes: Optional[int] = None,
         class_names: Optional[Sequence[str]] = None,
         known: bool = False,
+        skip_unreadable: bool = False,
 ) -> ImageData:
     """Open a data set of labelled images.
 
@@ -270,10 +286,13 @@ def load_image_data(
         num_classes: Classes that a network has, or is to have; None where the data decide.
         class_names: Names of the classes that a network knows. Labels are given the numbers of these.
         known: The network exists: its classes are `num_classes`, and the data need no train split.
+        skip_unreadable: Take the size of the images from the first that can be read. `unreadable.leave_out` takes the
+            others out.
 
     Raises:
         DataError: No such folder, columns missing or ambiguous, labels that are none or name unknown classes, splits
             missing or empty, a class without one superclass.
+        UnreadableImageError: The first image cannot be decoded.
     """
     if not 0 <= val_fraction < 1:
         raise DataError(f'--val-fraction {val_fraction}: expected 0 or more and less than 1.')
@@ -327,7 +346,8 @@ def load_image_data(
             f'{len(validation):,} images are held out of the train split for validation'
             + (f'; {np.sum(counts == 0)} classes have too few images to be among them' if not counts.all() else '')
         )
-    width, height = (train or validation or test).image(0).size
+    leading = train or validation or test
+    width, height = first_image(leading.image, range(len(leading)), skip_unreadable).size
     return ImageData(
         name=name,
         train=train,

@@ -61,8 +61,7 @@ class _Pixels(Dataset):
 def _key(split: ImageSplit, options: Dict[str, Any]) -> str:
     """Hash the options and the encoded images, of files their path, size and time of change."""
     key = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-    encoded = split.images.cast_column(split.image_column, datasets.Image(decode=False)).select(split.index)
-    for batch in encoded.iter(batch_size=1000):
+    for batch in split.images.select(split.index).iter(batch_size=1000):
         for image in batch[split.image_column]:
             data, path = (image['bytes'], image['path']) if image else (b'', None)
             if data is None:

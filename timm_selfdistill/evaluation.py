@@ -1,6 +1,7 @@
 """What the recipes that measure trained networks share: a checkpoint, and the data to measure it on."""
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, Sequence
 
@@ -20,6 +21,7 @@ from .data import ImageData, ImageSplit, load_image_data
 from .errors import DataError
 from .hub import class_names, load_checkpoint
 from .multi_exit import MultiExit
+from .unreadable import find_unreadable, leave_out, list_unreadable
 
 __all__ = [
     'EvaluationConfig', 'SplitConfig', 'TrainedNetwork', 'check_held_out', 'choose_split', 'list_checkpoints',
@@ -39,6 +41,8 @@ class EvaluationConfig:
     """As in train.py."""
     label_column: Optional[str] = None
     """As in train.py."""
+    skip_unreadable: bool = False
+    """Go on without the images that cannot be read; a list of them goes to the error output."""
     batch_size: int = 256
     """Images at a time."""
     workers: int = 0
@@ -75,7 +79,14 @@ class TrainedNetwork:
         return torch.device(self.config.device)
 
     def batches(self, split: ImageSplit) -> DataLoader:
-        """Return a loader of a part of the data, preprocessed as the network expects."""
+        """Return a loader of a part of the data, preprocessed as the network expects.
+
+        With `config.skip_unreadable` the images that cannot be read are taken out of the part first.
+        """
+        if self.config.skip_unreadable and not split.checked:
+            found = find_unreadable(split, self.config.workers, progress=True)
+            leave_out(split, found, self.data.label_names)
+            list_unreadable(found, partial(print, file=sys.stderr))
         return create_eval_loader(
             split, eval_transform(self.data_config), self.config.batch_size, self.config.workers)
 
@@ -117,7 +128,8 @@ def open_network(
         source['val_fraction'] = 0.  # nothing was learned from these data, so nothing of them has to be held out
     data_config = resolve_data_config(model=model)
     classes = {} if other_classes else dict(num_classes=model.num_classes, class_names=class_names(model), known=True)
-    data = load_image_data(**source, in_chans=data_config['input_size'][0], **classes)
+    data = load_image_data(
+        **source, in_chans=data_config['input_size'][0], skip_unreadable=config.skip_unreadable, **classes)
     for line in data.described():
         print(line, file=sys.stderr)
     return TrainedNetwork(model.to(config.device), data, data_config, config)

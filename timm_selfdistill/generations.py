@@ -21,7 +21,7 @@ from .config import ConfigError, TrainConfig, recipe_problem
 from .data import ImageData
 from .folders import is_complete, run_folder
 from .hub import load_checkpoint
-from .loaders import open_data
+from .loaders import leave_out_unreadable, open_data
 from .metrics import collect_logits, ensemble_logits, exit_names
 from .plots import plot_generations
 from .push import check_destination
@@ -152,6 +152,8 @@ class _Lineage:
         self.config = config
         self.accelerator = accelerator
         self.data: ImageData = open_data(config, accelerator)
+        if config.skip_unreadable:
+            leave_out_unreadable(self.data, accelerator, run_folder(config) / 'generation0')
         train, counts = self.data.train, self.data.test or self.data.validation
         index = np.linspace(0, len(train) - 1, min(len(train), _TRAIN_IMAGES)).astype(int)
         self._splits = dict(train=train.select(index, 'train'), **{counts.name: counts})

@@ -5,6 +5,7 @@ from typing import Any, Dict, Iterable, List, Optional
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
 from .augment import eval_transform, train_transform
 from .batches import EpochBatches, create_eval_loader, create_train_loader
@@ -13,9 +14,10 @@ from .data import ImageData, ImageSplit, load_image_data
 from .device_augment import BatchAugment, supports
 from .device_data import DeviceEvalLoader, DeviceLoader, decode_split, fits_on_device
 from .streaming import create_streamed_eval_loader, create_streamed_train_loader, load_streamed_data
+from .unreadable import UNREADABLE, Unreadable, find_unreadable, leave_out, read_unreadable
 from .untrusted import CONFIG_NAME
 
-__all__ = ['Loaders', 'open_data']
+__all__ = ['Loaders', 'leave_out_unreadable', 'open_data']
 
 
 def _names_of_run(folder: Path) -> Optional[List[str]]:
@@ -46,12 +48,43 @@ def open_data(
         if config.streaming:
             return load_streamed_data(
                 config.dataset, config.data_dir, config.image_column, config.label_column, config.in_chans,
-                config.num_classes, config.images_per_epoch, class_names,
+                config.num_classes, config.images_per_epoch, class_names, config.skip_unreadable,
             )
         return load_image_data(
             config.dataset, config.data_dir, config.image_column, config.label_column, config.val_fraction,
             config.in_chans, config.superclass_column, config.num_classes, class_names,
+            skip_unreadable=config.skip_unreadable,
         )
+
+
+def leave_out_unreadable(data: ImageData, accelerator: Accelerator, folder: Path) -> List[Unreadable]:
+    """Take the images that cannot be read out of every split, the same ones in every process; return them.
+
+    What is held out for validation has been before: it is what it would be without them, less those among them. A run
+    that goes on leaves out what it began without, a generation what the first one did.
+
+    Args:
+        data: The data.
+        accelerator: Each of its processes looks through its share.
+        folder: That of the run.
+
+    Raises:
+        DataError: Nothing is left of a split, or of a class of the training split.
+    """
+    files = [folder / UNREADABLE, folder.parent / 'generation0' / UNREADABLE]
+    known = next((found for found in map(read_unreadable, files) if found is not None), None)
+    images, = broadcast_object_list([known])
+    if images is None:
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        workers = max(1, torch.get_num_threads())
+        images = gather_object([
+            image for split in data.parts().values()
+            for image in find_unreadable(split, workers, rank, processes, accelerator.is_main_process)
+        ])
+        images.sort(key=lambda image: (image.split, len(image.place), image.place))
+    for split in data.parts().values():
+        leave_out(split, images, data.label_names)
+    return images
 
 
 class Loaders:

@@ -25,7 +25,7 @@ from .config import ConfigError, TrainConfig, nearest
 from .data import DataError, ImageSplit
 from .folders import create_folder, keep_rows
 from .hub import save_model
-from .loaders import Loaders, open_data
+from .loaders import Loaders, leave_out_unreadable, open_data
 from .meters import NonFiniteLossError, TermMeter
 from .metrics import evaluate_exits, exit_costs, exit_names
 from .multi_exit import MultiExit
@@ -34,6 +34,7 @@ from .report import Reporter
 from .signals import Preempted, StopSignals
 from .state import is_sharded, put_back, take, whole_weights
 from .trackers import check_trackers
+from .unreadable import UNREADABLE, Unreadable, list_unreadable, write_unreadable
 
 __all__ = ['Run', 'keep_freed_memory', 'use_all_cores']
 
@@ -115,6 +116,9 @@ class Run:
                 f'{option}: {self.data.name} has neither a validation nor a test part, so some of its training part '
                 f'must be held out{", which takes data that are not streamed" if config.streaming else ""}.'
             )
+        self.unreadable: List[Unreadable] = []
+        if config.skip_unreadable and not config.streaming:
+            self.unreadable = leave_out_unreadable(self.data, accelerator, folder)
         model, self.data_config = build_model(config, self.data)
         self.costs = exit_costs(model, self.data_config['input_size'])
         if config.grad_checkpointing:
@@ -375,6 +379,18 @@ class Run:
                     say(f'resume  {name}: {state["where"][name]} then, {now} now; the last digits will differ')
         if self.accelerator.is_main_process:
             keep_rows(self.folder / 'summary.csv', self.epoch)
+
+    def list_unreadable(self) -> None:
+        """Write down which images are left out, and tell of them; those of a stream are added where they are met."""
+        if not self.config.skip_unreadable:
+            return
+        file = self.folder / UNREADABLE
+        if self.accelerator.is_main_process and not (self.config.streaming and file.exists()):
+            write_unreadable(file, self.unreadable)
+            list_unreadable(self.unreadable, self.reporter.say, file)
+        if self.config.streaming:
+            for split in self.data.parts().values():
+                split.skipped.file = file
 
     def evaluate(self, split: ImageSplit) -> 'OrderedDict[str, Dict[str, Any]]':
         """Measure every exit on a part of the data, each process its share."""

@@ -1,5 +1,6 @@
 """Data sets that are read as they come, from the Hub or from files, and their batches."""
-from itertools import count, islice
+from copy import copy
+from itertools import chain, count, islice, tee
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 
 from .batches import EpochBatches
 from .columns import choose_columns, is_image_feature
-from .data import ImageData, UnreadableImageError, data_name, seeded
+from .data import ImageData, data_name, first_image, seeded
 from .data_files import (
     DIGITS,
     IMAGES,
@@ -25,8 +26,10 @@ from .data_files import (
     reason_of,
 )
 from .errors import DataError
+from .images import UnreadableImageError, decode_image, printable
 from .labels import Classes, find_classes, shortened, speller
 from .signals import keep_worker_alive
+from .unreadable import SkippedImages, Unreadable
 
 __all__ = [
     'SizedStreamedSplit', 'StreamError', 'StreamedLoader', 'StreamedSplit', 'create_streamed_eval_loader',
@@ -36,6 +39,9 @@ __all__ = [
 # Shards that must fall to each of several readers before they divide a stream by shards; shares of fewer would differ
 # too much in length.
 _SHARDS = 3
+
+# Images in a row, none of which can be read, that are too many to go on.
+_TRIES = 1000
 
 # Encoded image, label, number of the shard, number of the example in it.
 _Example = Tuple[Any, Any, int, int]
@@ -60,6 +66,7 @@ class StreamedSplit:
 
     Attributes:
         shards: Number of the pieces, as a rule files, that can be read independently.
+        skipped: Takes note of images that cannot be read and are skipped; when None the first of them is an error.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class StreamedSplit:
         self.name, self.image_column, self.label_column = name, image_column, label_column
         self.spell = speller(stream.features[label_column], label_column, f'the {name} part')
         self.classes, self.mode = classes, mode
+        self.skipped: Optional[SkippedImages] = None
 
     def examples(self, shards: Iterable[int]) -> Iterator[_Example]:
         """Yield the examples of some shards, undecoded.
@@ -95,9 +103,21 @@ class StreamedSplit:
                 reason = ' '.join(str(e).split())
                 raise StreamError(f'Cannot read on in shard {shard} of the {self.name} part: {reason}') from e
 
+    def skip(self, example: _Example, error: UnreadableImageError) -> None:
+        """Go on after an image that cannot be read.
+
+        Raises:
+            UnreadableImageError: It is not to be skipped.
+        """
+        if self.skipped is None:
+            raise error
+        _, _, shard, row = example
+        place = f'example {row} of shard {shard}'
+        self.skipped.note(Unreadable(self.name, place, error.path or '', error.reason))
+
     def _where(self, example: _Example) -> str:
         image, _, shard, row = example
-        path = f' ({image["path"]})' if image and image['path'] else ''
+        path = f' ({printable(image["path"])})' if image and image['path'] else ''
         return f'example {row} of shard {shard} of the {self.name} part{path}'
 
     def image(self, example: _Example):
@@ -106,12 +126,7 @@ class StreamedSplit:
         Raises:
             UnreadableImageError: It cannot be decoded; the message names shard and example, counted from 0.
         """
-        if example[0] is None:
-            raise UnreadableImageError(f'There is no image in {self._where(example)}.')
-        try:
-            return datasets.Image().decode_example(example[0]).convert(self.mode)
-        except (OSError, SyntaxError, ValueError) as e:
-            raise UnreadableImageError(f'Cannot read the image in {self._where(example)}: {e}') from e
+        return decode_image(example[0], self.mode, f'in {self._where(example)}')
 
     def item(self, example: _Example, transform: Callable) -> Tuple[torch.Tensor, int]:
         """Return an example's image tensor (C, H, W) and label.
@@ -189,6 +204,7 @@ def load_streamed_data(
         num_classes: Optional[int] = None,
         images_per_epoch: Optional[int] = None,
         class_names: Optional[Sequence[str]] = None,
+        skip_unreadable: bool = False,
 ) -> ImageData:
     """Open a data set of labelled images without copying or reading it; see `data.load_image_data`.
 
@@ -205,6 +221,7 @@ def load_streamed_data(
         num_classes: Classes in the data, needed where the labels are plain whole numbers.
         images_per_epoch: Training examples that count as an epoch; all of them when None, where their number is known.
         class_names: Names of the classes that a network knows. Labels are given the numbers of these.
+        skip_unreadable: Go on after images that cannot be read, see `StreamedSplit.skipped`.
 
     Returns:
         The data set; its parts are streams, of which the training part at least knows its length.
@@ -251,10 +268,15 @@ def load_streamed_data(
     if test is not None and next(test.examples(range(test.shards)), (None, None))[1] == -1:
         test = None
         notes.append('left aside: the test split, as its first label is -1, which stands for withheld')
-    first = next(train.examples(range(train.shards)), None)
+    examples = train.examples(range(train.shards))
+    first = next(examples, None)
     if first is None:
         raise DataError(empty_split('train', name))
-    width, height = train.image(first).size
+    width, height = first_image(train.image, chain([first], examples), skip_unreadable).size
+    if skip_unreadable:
+        for split in (train, validation, test):
+            if split is not None:
+                split.skipped = SkippedImages()
     return ImageData(
         name=name,
         train=train,
@@ -366,10 +388,28 @@ class _TrainShare(_Share):
             yield first
             yield from examples
 
+    def item(self, place: int, examples: Iterable[_Example]) -> Tuple[torch.Tensor, int]:
+        """Return image tensor and label of the first example, with the draws of its place in the epoch.
+
+        Where its image is skipped the next one that can be read takes its place, and comes once more in its own. So who
+        sees what does not depend on what others can read, nor on where in the epoch a run goes on.
+
+        Raises:
+            UnreadableImageError: An image that is not to be skipped, or too many in a row.
+        """
+        for tries, example in enumerate(examples, 1):
+            try:
+                with seeded(self.batches.seed, self.batches.epoch, place):
+                    return self.split.item(example, self.transform)
+            except UnreadableImageError as e:
+                self.split.skip(example, e)
+                if tries == _TRIES:
+                    raise
+
     def __iter__(self) -> Iterator[Optional[List[torch.Tensor]]]:
         batches = self.batches
         worker, workers, piece, pieces = self.divide()
-        examples, read = self.endless(piece, pieces), 0
+        (examples,), read = tee(self.endless(piece, pieces), 1), 0  # a copy of it looks ahead
         left_out = batches.start * batches.accumulate
         if worker < left_out % workers:
             yield None
@@ -383,8 +423,7 @@ class _TrainShare(_Share):
                 first = size * (number if pieces == self.world_size else number // workers)
             items = []
             for place, example in enumerate(islice(examples, first - read, first - read + size), places.start):
-                with seeded(batches.seed, batches.epoch, place):
-                    items.append(self.split.item(example, self.transform))
+                items.append(self.item(place, chain([example], copy(examples))))
             read = first + size
             yield default_collate(items)
 
@@ -397,7 +436,10 @@ class _EvalShare(_Share):
         examples = self.split.examples(range(piece, self.split.shards, pieces))
         sharers = self.world_size * workers // pieces
         for example in islice(examples, (self.rank * workers + worker) % sharers, None, sharers):
-            yield self.split.item(example, self.transform)
+            try:
+                yield self.split.item(example, self.transform)
+            except UnreadableImageError as e:
+                self.split.skip(example, e)
 
 
 class StreamedLoader:

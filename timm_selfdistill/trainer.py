@@ -151,6 +151,7 @@ def _train(run: Run) -> None:
     if accelerator.is_main_process:  # first of all: by it a killed run is known for one
         settings = dict(config.settings(), resume=None)
         (run.folder / 'args.yaml').write_text(yaml.safe_dump(settings, sort_keys=False), encoding='utf-8')
+    run.list_unreadable()
     if run.steps == 0:
         run.save()
     if config.report_to:
