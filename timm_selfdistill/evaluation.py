@@ -20,8 +20,8 @@ from .hub import load_checkpoint
 from .multi_exit import MultiExit
 
 __all__ = [
-    'EvaluationConfig', 'SplitConfig', 'TrainedNetwork', 'check_held_out', 'choose_split', 'list_checkpoints',
-    'open_network', 'print_rows', 'short_names', 'subset',
+    'EvaluationConfig', 'SplitConfig', 'TrainedNetwork', 'check_device', 'check_held_out', 'choose_split',
+    'list_checkpoints', 'open_network', 'print_rows', 'short_names', 'subset',
 ]
 
 
@@ -95,8 +95,12 @@ def open_network(
     Raises:
         DataError: The data cannot be used, or have more classes than the network, or the checkpoint does not say on
             what it was trained and the config does not either.
-        ConfigError: See `hub.load_checkpoint`.
+        ConfigError: See `hub.load_checkpoint` and `check_device`, or a number is out of range.
     """
+    for option, value, least in (('batch-size', config.batch_size, 1), ('workers', config.workers, 0)):
+        if value < least:
+            raise ConfigError(f'--{option} {value}: expected {least} or more.')
+    check_device(config.device)
     model, folder = load_checkpoint(checkpoint)
     source = {name: getattr(config, name) for name in ('dataset', 'data_dir', 'image_column', 'label_column')}
     source['superclass_column'] = superclass_column
@@ -112,6 +116,15 @@ def open_network(
     if data.num_classes > model.num_classes and not other_classes:
         raise DataError(f'{data.name} has {data.num_classes} classes, the model {model.num_classes}.')
     return TrainedNetwork(model.to(config.device), data, data_config, config)
+
+
+def check_device(name: str) -> None:
+    """Raise ConfigError for a device that this machine does not have."""
+    try:
+        torch.empty(1, device=name).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as e:  # no such kind, no driver, or no such number
+        problem = str(e).splitlines()[0].rstrip('.')
+        raise ConfigError(f'--device {name}: {problem}. --device cpu is always there.') from e
 
 
 def choose_split(data: ImageData, split: Optional[str] = None) -> str:

@@ -15,7 +15,7 @@ from typing import Callable, List, Optional, Tuple
 
 import torch
 
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, os_error_behind
 from .config import ConfigError
 from .cpu import launcher_arguments, share_of_cores, threads_are_chosen
 from .data import DataError
@@ -124,6 +124,9 @@ def _sentence(error: BaseException) -> Optional[str]:
     """Word an error that the user can do something about; None for any other."""
     text = str(error)
     if isinstance(error, _SHARED):
+        behind = os_error_behind(error)
+        if behind is not None and behind.filename is not None and _cache(_path(behind)) is not None:
+            return _system_sentence(behind)  # whoever passes on what a library says knows nothing of its cache
         return text or f'{type(error).__name__}.'
     if _out_of_memory(error):
         where = 'device' if isinstance(error, torch.OutOfMemoryError) else 'machine'
@@ -141,7 +144,8 @@ def _sentence(error: BaseException) -> Optional[str]:
         return _system_sentence(error)
     if isinstance(error, ModuleNotFoundError) and error.name and find_spec(error.name.partition('.')[0]) is None:
         package = error.name.partition('.')[0]
-        return f'The package {package} is needed for this and is not installed; pip install {package} does it.'
+        source = 'timm_selfdistill[export]' if package.startswith('onnx') else package
+        return f'The package {package} is needed for this and is not installed; pip install "{source}" does it.'
     if _lost_others(error):
         return (
             f'Process {os.environ.get("RANK")} has lost the connection to another process of the run, which has ended '
@@ -170,28 +174,44 @@ def _system_sentence(error: OSError) -> Optional[str]:
         return str(error) if known else None
     if error.filename is None and error.errno not in _REMEDIES:
         return None
-    place = '' if error.filename is None else f'{_place(Path(os.fsdecode(error.filename)))}: '
+    place = '' if error.filename is None else f'{_place(_path(error))}: '
     reason = error.strerror or os.strerror(error.errno)
     return f'{place}{reason.rstrip(".")}. {_REMEDIES.get(error.errno, "Choose another place.")}'
+
+
+def _path(error: OSError) -> Path:
+    return Path(os.fsdecode(error.filename))
 
 
 def _place(path: Path) -> str:
     """Name a path by the option or the environment variable that it comes from, where one does."""
     for option, word in zip(sys.argv[1:], sys.argv[2:]):
-        if option.startswith('-') and word and (path == Path(word) or Path(word) in path.parents):
-            return f'{option} {word}' if path == Path(word) else f'{option} {word} ({path})'
+        given = Path(word)
+        beside = path.name.startswith('.') and path.parent == given.parent  # written there before it is renamed
+        if option.startswith('-') and word and (given in (path, *path.parents) or beside):
+            return f'{option} {word}' if path == given else f'{option} {word} ({path})'
+    cache = _cache(path)
+    if cache is not None:
+        return f'{path} (the environment variable {cache[0]} says where the cache is, {cache[1]} now)'
+    if path.parent == Path(tempfile.gettempdir()) and path.name.startswith(tempfile.gettempprefix()):
+        return f'{path} (the environment variable TMPDIR says where temporary files are, {path.parent} now)'
+    return str(path)
+
+
+def _cache(path: Path) -> Optional[Tuple[str, Path]]:
+    """Return the environment variable and the folder of the cache that a path belongs to, None if it is in none."""
     import datasets
     from huggingface_hub import constants
 
-    folders = [('HF_DATASETS_CACHE', datasets.config.HF_DATASETS_CACHE), ('HF_HUB_CACHE', constants.HF_HUB_CACHE),
-               ('HF_HOME', constants.HF_HOME)]
-    for variable, folder in folders:
+    for variable, folder in (
+        ('HF_DATASETS_CACHE', datasets.config.HF_DATASETS_CACHE), ('HF_HUB_CACHE', constants.HF_HUB_CACHE),
+        ('HF_HOME', constants.HF_HOME),
+    ):
         folder = Path(folder)
         if folder == path or folder in path.parents or path in folder.parents:
-            return f'{path} (in the cache; the environment variable {variable} says where it is, {folder} now)'
-    if path.parent == Path(tempfile.gettempdir()) and path.name.startswith(tempfile.gettempprefix()):
-        return f'{path} (temporary; the environment variable TMPDIR says where, {path.parent} now)'
-    return str(path)
+            # the other two lie in HF_HOME unless they are set
+            return (variable if variable in os.environ else 'HF_HOME'), folder
+    return None
 
 
 def _speaks(error: BaseException) -> bool:

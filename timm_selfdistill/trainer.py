@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Optional
 
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import PrecisionType, broadcast_object_list
 
 from .card import write_card
 from .config import ConfigError, TrainConfig
@@ -40,7 +40,13 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         ConfigError: What the launcher or the environment asks for cannot be had.
     """
     try:
-        return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(static_graph=config.grad_accum_steps == 1)])
+        accelerator = Accelerator(
+            kwargs_handlers=[DistributedDataParallelKwargs(static_graph=config.grad_accum_steps == 1)])
+        if accelerator.mixed_precision not in PrecisionType.list():  # accelerate would take it for none
+            raise ValueError(
+                f'mixed precision {accelerator.mixed_precision} is unknown, expected one of '
+                f'{", ".join(map(str, PrecisionType.list()))}')
+        return accelerator
     except (ImportError, KeyError, RuntimeError, ValueError) as e:
         names = ('ACCELERATE_MIXED_', 'ACCELERATE_USE_', 'CUDA_VISIBLE_', 'LOCAL_RANK', 'MASTER_', 'RANK', 'WORLD_SIZE')
         given = ', '.join(f'{name}={value}' for name, value in sorted(os.environ.items()) if name.startswith(names))
