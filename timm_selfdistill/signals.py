@@ -4,10 +4,12 @@ import os
 import signal
 import threading
 import time
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
-__all__ = ['Preempted', 'StopSignals', 'keep_worker_alive']
+__all__ = ['Preempted', 'StopSignals', 'keep_worker_alive', 'starting_workers']
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -60,14 +62,34 @@ def keep_worker_alive(worker: int) -> None:
     Schedulers and terminals signal all processes at once, and without its workers the trainer could not finish the step
     after which it writes its checkpoint. So a worker ignores Ctrl-C, and SIGTERM unless the trainer itself has sent it,
     by which Python ends its children; that one, and the trainer's death, end it wherever it is. Where the system does
-    not tell who sent a signal (macOS, Windows), every SIGTERM ends it.
+    not tell who sent a signal (macOS, Windows), every SIGTERM ends it, and so it does in a worker that is spawned, not
+    forked, outside of `starting_workers`.
     """
     trainer = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if trainer is None or not hasattr(signal, 'sigtimedwait'):
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start from here on inherit it
+    # threads that start from here on inherit it; those of libraries that a spawned worker has imported are there already
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_await_end, args=(trainer, os.getppid()), daemon=True).start()
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Let worker processes that start here be born with SIGTERM blocked, in all of their threads.
+
+    That counts for those that are not forked from this process (by default from Python 3.14 on): when
+    `keep_worker_alive` is called in them, what they have imported has started threads, any of which may take a signal.
+    """
+    if not hasattr(signal, 'sigtimedwait'):
+        yield
+        return
+    resource_tracker.ensure_running()  # when it starts, it unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _await_end(trainer: multiprocessing.Process, system_parent: int) -> None:
