@@ -7,21 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+import datasets
 import psutil
 import pytest
+import timm
 import torch
 from conftest import noise_images
+from safetensors.torch import save_file
 
 from timm_selfdistill import cpu, launch
+from timm_selfdistill.build import build_model, check_slices
 from timm_selfdistill.config import ConfigError, TrainConfig
-from timm_selfdistill.data import DataError
+from timm_selfdistill.data import DataError, load_image_data
 from timm_selfdistill.evaluation import EvaluationConfig, open_network
 from timm_selfdistill.launch import ISSUES, run_command
-from timm_selfdistill.run import Run
 from timm_selfdistill.signals import keep_worker_alive, starting_workers
-from timm_selfdistill.trainer import create_accelerator, train
+from timm_selfdistill.tasks import SelfDistillationTask
+from timm_selfdistill.trainer import train
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / 'recipes' / 'train.py'
@@ -193,7 +198,6 @@ DRIVER = '''
 import sys
 from timm_selfdistill.config import parse_train_config
 from timm_selfdistill.launch import run_command
-from timm_selfdistill.run import Run
 from timm_selfdistill.trainer import train
 
 original = Run.train_batch
@@ -279,7 +283,6 @@ def test_anything_unforeseen_is_a_fault_of_the_package_above_its_traceback(capfd
 
 @pytest.mark.parametrize('variable', ['HF_DATASETS_CACHE', 'HF_HOME'])
 def test_a_cache_that_cannot_be_written_is_named_by_its_variable(capfd, monkeypatch, variable):
-    import datasets
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', '/ro/hub/datasets')
     monkeypatch.delenv('HF_DATASETS_CACHE', raising=False)
     monkeypatch.setenv(variable, '/ro/hub')
@@ -315,6 +318,7 @@ def test_ctrl_c_while_a_run_starts_has_a_sentence(tmp_path, delay):
     assert 'Traceback' not in err
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_ends_a_recipe_in_a_sentence(tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(
@@ -381,24 +385,27 @@ def test_of_several_processes_the_first_one_shows_its_traceback(capfd, monkeypat
     (dict(model_kwargs=(f'checkpoint_path={ROOT}',)), '--model-kwargs checkpoint_path=.*: this is a folder, a file'),
     (dict(model_kwargs=(f'checkpoint_path={__file__}',)), '--model-kwargs checkpoint_path=.*: these are no weights of'),
 ])
+@pytest.mark.slow
 def test_what_a_network_or_an_optimizer_refuses_is_told_before_training(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         train(TrainConfig(**{**dict(model='test_resnet', exits=(2, 3), epochs=1), **settings}, output=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('model', ['test_vit', 'resnet20_cifar'])
-def test_one_image_at_a_time_is_no_fault_where_maps_have_pixels_or_there_is_no_batch_norm(tmp_path, model):
-    config = TrainConfig(model=model, exits=(), batch_size=1, method='plain', output=str(tmp_path))
-    Run(config, create_accelerator(config), tmp_path / 'run')
+@pytest.mark.parametrize('model, size, refused', [
+    ('test_vit', 160, False), ('resnet20_cifar', 32, False), ('test_resnet', 160, False), ('test_resnet', 32, True),
+    ('mobilenetv3_small_050', 32, True),
+])
+def test_one_image_at_a_time_is_refused_only_where_batch_norm_sees_a_single_pixel(model, size, refused):
+    task = SelfDistillationTask(timm.create_model(f'{model}_sd', num_classes=5, exits=()), verbose=False)
+    before = {k: v.clone() for k, v in task.state_dict().items()}
+    with pytest.raises(ConfigError) if refused else nullcontext():
+        check_slices(task, (3, size, size), 4, 4)
+    check_slices(task, (3, size, size), 8, 4)
+    assert all(torch.equal(v, before[k]) for k, v in task.state_dict().items())
 
 
-def test_weights_are_read_from_checkpoint_path(tmp_path, tiny):
-    import timm
-    from safetensors.torch import save_file
-
-    from timm_selfdistill.build import build_model
-    from timm_selfdistill.data import load_image_data
+def test_weights_are_read_from_checkpoint_path(tmp_path):
     weights = timm.create_model('test_resnet_sd', num_classes=10, exits=(2, 3)).state_dict()
     save_file(weights, tmp_path / 'w.safetensors')
     config = TrainConfig(model='test_resnet', exits=(2, 3), model_kwargs=(f'checkpoint_path={tmp_path}/w.safetensors',))

@@ -69,7 +69,7 @@ def keep_worker_alive(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if trainer is None or not hasattr(signal, 'sigtimedwait'):
         return
-    # threads that start from here on inherit it; those of libraries that a spawned worker has imported are there already
+    # threads that start from here on inherit it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_await_end, args=(trainer, os.getppid()), daemon=True).start()
 
