@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.benchmark import Timer
 
+from timm_selfdistill.evaluation import check_device
 from timm_selfdistill.launch import run_command
 from timm_selfdistill.stages import count_macs, meta_copy
 
@@ -102,6 +103,7 @@ def size(network: nn.Module, input_size: Tuple[int, int, int]) -> Tuple[int, int
 @torch.inference_mode()
 def compare_inference(name: str, config: BenchmarkConfig) -> List[Dict[str, Any]]:
     """Measure one network against its plain backbone, and each truncated one against the same cut by hand."""
+    check_device(config.device)
     model = timm.create_model(f'{name}_sd').eval().to(config.device)
     input_size = model.pretrained_cfg['input_size']
     x = torch.randn(config.batch_size, *input_size, device=config.device)

@@ -16,6 +16,7 @@ from timm.data import resolve_data_config
 
 from timm_selfdistill.calibration import choose_point, compute_costs, measure_costs, single_exits
 from timm_selfdistill.config import ConfigError
+from timm_selfdistill.cpu import keep_freed_memory
 from timm_selfdistill.early_exit import EarlyExit
 from timm_selfdistill.evaluation import (
     EvaluationConfig,
@@ -29,7 +30,6 @@ from timm_selfdistill.exit_rule import ExitRule
 from timm_selfdistill.hub import load_network
 from timm_selfdistill.metrics import device_time, exit_names
 from timm_selfdistill.multi_exit import MultiExit
-from timm_selfdistill.run import keep_freed_memory
 from timm_selfdistill.stages import copy_model, count_macs, meta_probe
 
 TOLERATED = 0.01  # share of images that rounding may send another way: convolutions round by the size of their batch

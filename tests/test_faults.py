@@ -241,7 +241,7 @@ def test_weights_that_cannot_be_written_end_the_run_but_not_for_good(data, whole
 
 def end_workers(number):
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, number)
+        subprocess.run(['kill', f'-{number:d}', str(worker.pid)], check=True)  # as a scheduler does, not the trainer
         if number == signal.SIGKILL:
             time.sleep(0.2)  # what then happens shall happen amid the step
 

@@ -1,7 +1,6 @@
 """Folders of runs, their checkpoints, and the signals that stop them."""
 import errno
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ from timm_selfdistill.checkpoints import CheckpointError, Checkpoints, os_error_
 from timm_selfdistill.config import ConfigError, TrainConfig
 from timm_selfdistill.data import DataError
 from timm_selfdistill.folders import choose_folder, create_folder, is_complete, keep_rows, run_folder
-from timm_selfdistill.signals import StopSignals, keep_worker_alive
+from timm_selfdistill.signals import StopSignals
 
 STATE = dict(model=dict(weight=torch.arange(1000.)), at=dict(step=3, best={}), names=['loss'])
 
@@ -262,32 +261,6 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [(None, before)]
-
-
-def _worker(ready):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background may come without
-    keep_worker_alive(0)
-    ready.set()
-    while True:
-        time.sleep(0.01)
-
-
-def test_a_worker_outlives_ctrl_c_and_the_first_sigterm():
-    context = multiprocessing.get_context('fork')
-    ready = context.Event()
-    worker = context.Process(target=_worker, args=(ready,), daemon=True)
-    worker.start()
-    try:
-        assert ready.wait(60)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
-            os.kill(worker.pid, number)
-            worker.join(0.3)
-            assert worker.exitcode is None
-        os.kill(worker.pid, signal.SIGTERM)
-        worker.join(10)
-        assert worker.exitcode == 0
-    finally:
-        worker.kill()
 
 
 def test_what_went_wrong_in_a_worker_is_told_as_if_it_had_been_here():

@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from .data import DataError, ImageSplit
-from .signals import keep_worker_alive
+from .signals import keep_worker_alive, starting_workers
 
 __all__ = ['EpochBatches', 'WorkerDiedError', 'create_eval_loader', 'create_train_loader', 'readable']
 
@@ -152,7 +152,9 @@ def readable(batches: Iterable) -> Iterator:
         WorkerDiedError: A worker process was killed.
     """
     try:
-        for batch in batches:
+        with starting_workers():
+            iterator = iter(batches)
+        for batch in iterator:
             _let_loader_notice()  # torch sets its handler when it starts workers
             yield batch
     except DataError as e:

@@ -1,11 +1,13 @@
 """From a config to the network and the task that it describes."""
-from typing import Any, Dict, List, Optional, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.models import split_model_name_tag
+from timm.optim import get_optimizer_info
 
 from .config import ConfigError, TrainConfig, nearest
 from .data import ImageData
@@ -16,9 +18,20 @@ from .metrics import exit_costs
 from .multi_exit import MultiExit
 from .stages import count_macs, meta_copy
 from .tasks import SelfDistillationTask
-from .wrapper import SUFFIX
+from .wrapper import SUFFIX, model_name
 
-__all__ = ['build_model', 'build_task', 'resolve_model_name']
+__all__ = [
+    'LOOKAHEAD', 'build_model', 'build_task', 'check_optimizer', 'check_slices', 'reason_of', 'resolve_model_name',
+]
+
+# timm's prefix of the names of optimizers that look ahead (Zhang et al., NeurIPS 2019, arXiv 1907.08610).
+LOOKAHEAD = 'lookahead_'
+
+# Errors that are raised with a sentence; others, such as KeyError, need their name to be understood.
+_SPEAKING = (AssertionError, RuntimeError, TypeError, ValueError)
+
+# Characters of what an error says that are repeated; torch lists every tensor that does not fit.
+_LONGEST = 400
 
 
 def resolve_model_name(model: str) -> Tuple[str, str]:
@@ -72,13 +85,28 @@ def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[s
         drop_rate=config.drop,
         drop_path_rate=config.drop_path,
     )
-    arguments.update(config.model_arguments())
+    own = config.model_arguments()
+    arguments.update(own)
+    path = arguments.pop('checkpoint_path', None)
+    given = ', '.join(f'{k}={v}' for k, v in arguments.items() if v is not None)
     try:
         model = timm.create_model(name, **arguments)
+        if not isinstance(model, MultiExit):
+            raise ConfigError(
+                f'--model-kwargs {" ".join(config.model_kwargs)}: with this --model {config.model} becomes one of the '
+                f'kind {type(model).__name__}, which has no exits to train; leave out what cuts the network.'
+            )
         exit_costs(model, (config.in_chans, size, size))  # a forward pass on the meta device
-    except (AssertionError, TypeError, ValueError, RuntimeError) as e:
-        given = ', '.join(f'{k}={v}' for k, v in arguments.items() if v is not None)
-        raise ConfigError(f'--model {config.model}: {e} (with {given}; images of {size}×{size})') from e
+    except ConfigError:
+        raise
+    except Exception as e:
+        # what is passed on to the network unchecked may fail there in any way
+        if not own and not isinstance(e, (AssertionError, TypeError, ValueError, RuntimeError)):
+            raise
+        raise ConfigError(
+            f'--model {config.model}: {reason_of(e)} (with {given}; images of {size}×{size})') from e
+    if path:
+        _load_checkpoint(model, str(path))
     grey = config.in_chans == 1 and len(cfg.mean) != 1
     data_config = resolve_data_config(
         dict(
@@ -90,6 +118,81 @@ def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[s
         model=model,
     )
     return model, data_config
+
+
+def _load_checkpoint(model: nn.Module, path: str) -> None:
+    """Load the weights that `checkpoint_path` among the model's arguments names, as timm does, which says less.
+
+    Raises:
+        ConfigError: There are none, or they do not fit.
+    """
+    if not Path(path).is_file():
+        problem = 'this is a folder, a file is needed' if Path(path).is_dir() else 'there is no such file'
+        raise ConfigError(f'--model-kwargs checkpoint_path={path}: {problem}. Check the path.')
+    try:
+        timm.models.load_checkpoint(model, path)
+    except Exception as e:  # whatever a file may hold
+        raise ConfigError(
+            f'--model-kwargs checkpoint_path={path}: these are no weights of {model_name(model)}: {reason_of(e)}. '
+            f'Take a file that was saved from the same network.'
+        ) from e
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error says, with its kind where that alone is not a sentence."""
+    said = ' '.join(str(error).split()).rstrip('.')
+    said = said if len(said) <= _LONGEST else f'{said[:_LONGEST]} ...'
+    return said if said and isinstance(error, _SPEAKING) else f'{type(error).__name__}: {said}'.removesuffix(': ')
+
+
+def check_slices(task: SelfDistillationTask, input_size: Sequence[int], batch_size: int, slices: int) -> None:
+    """Check that batch norm can normalise a slice of a step, by a forward pass on the meta device.
+
+    Args:
+        task: What is trained.
+        input_size: Channels, height and width of the images.
+        batch_size: Images of a step.
+        slices: Pieces of it that go through the network by themselves.
+
+    Raises:
+        ConfigError: A slice is one image, and a map has one pixel: that is one value to take a variance of.
+    """
+    if batch_size // slices > 1:
+        return
+    probe = meta_copy(task.trainable_module).train()
+    try:
+        probe(torch.empty((1, *input_size), device='meta'))
+    except ValueError as e:
+        if 'Expected more than 1 value per channel' not in str(e):
+            raise
+        raise ConfigError(
+            f'--batch-size {batch_size}: batch norm cannot take the variance of a single image, to which '
+            f'{model_name(task.get_eval_model())} shrinks the maps of one; with {slices} slices of a step (processes '
+            f'times --grad-accum-steps) pass {2 * slices} or more.'
+        ) from e
+
+
+def check_optimizer(create: Callable[[nn.Module], torch.optim.Optimizer], name: str, device: torch.device) -> None:
+    """Let an optimizer make a step with a convolution and a linear layer.
+
+    Raises:
+        ConfigError: It cannot be had on this device or with these settings.
+    """
+    info = get_optimizer_info(name.removeprefix(LOOKAHEAD))
+    if info.second_order:
+        raise ConfigError(
+            f'--opt {name}: needs gradients of gradients, which are not computed here. Choose another one, such as '
+            f'sgd or adamw.'
+        )
+    network = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Flatten(), nn.Linear(4, 2)).to(device)
+    try:
+        optimizer = create(network)
+        network(torch.ones((2, 2, 1, 1), device=device)).square().mean().backward()
+        optimizer.step()
+    except Exception as e:  # of libraries that timm knows and this package does not
+        raise ConfigError(
+            f'--opt {name}: cannot be used on {device.type}: {reason_of(e)}. Choose another one, such as sgd or adamw.'
+        ) from e
 
 
 def _open_teacher(

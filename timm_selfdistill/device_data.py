@@ -74,9 +74,9 @@ def _key(split: ImageSplit, options: Dict[str, Any]) -> str:
 
 
 def _read_cache(path: Path, shape: Tuple[int, ...]) -> Optional[torch.Tensor]:
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         pixels = np.load(path)
         if pixels.shape != shape or pixels.dtype != np.uint8:
             raise ValueError(f'it holds {pixels.dtype} {pixels.shape}, expected uint8 {shape}')

@@ -24,8 +24,8 @@ from .multi_exit import MultiExit
 from .unreadable import find_unreadable, leave_out, list_unreadable
 
 __all__ = [
-    'EvaluationConfig', 'SplitConfig', 'TrainedNetwork', 'check_held_out', 'choose_split', 'list_checkpoints',
-    'open_network', 'print_rows', 'short_names', 'subset',
+    'EvaluationConfig', 'SplitConfig', 'TrainedNetwork', 'check_device', 'check_held_out', 'choose_split',
+    'list_checkpoints', 'open_network', 'print_rows', 'short_names', 'subset',
 ]
 
 
@@ -110,8 +110,12 @@ def open_network(
     Raises:
         DataError: The data cannot be used, or have classes that the network does not know, or the checkpoint does not
             say on what it was trained and the config does not either.
-        ConfigError: See `hub.load_checkpoint`.
+        ConfigError: See `hub.load_checkpoint` and `check_device`, or a number is out of range.
     """
+    for option, value, least in (('batch-size', config.batch_size, 1), ('workers', config.workers, 0)):
+        if value < least:
+            raise ConfigError(f'--{option} {value}: expected {least} or more.')
+    check_device(config.device)
     model, folder = load_checkpoint(checkpoint)
     source = {name: getattr(config, name) for name in ('dataset', 'data_dir', 'image_column', 'label_column')}
     source['superclass_column'] = superclass_column
@@ -140,6 +144,15 @@ def _same_data(source: Dict[str, Optional[str]], trained: Dict[str, Any]) -> boo
     if source['dataset'] != trained.get('dataset') or None in (source['data_dir'], trained.get('data_dir')):
         return source['dataset'] == trained.get('dataset') and source['data_dir'] == trained.get('data_dir')
     return Path(source['data_dir']).resolve() == Path(trained['data_dir']).resolve()
+
+
+def check_device(name: str) -> None:
+    """Raise ConfigError for a device that this machine does not have."""
+    try:
+        torch.empty(1, device=name).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as e:  # no such kind, no driver, or no such number
+        problem = str(e).splitlines()[0].rstrip('.')
+        raise ConfigError(f'--device {name}: {problem}. --device cpu is always there.') from e
 
 
 def choose_split(data: ImageData, split: Optional[str] = None) -> str:

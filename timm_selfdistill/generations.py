@@ -18,6 +18,7 @@ from timm.data import resolve_data_config
 from .augment import eval_transform
 from .batches import create_eval_loader
 from .config import ConfigError, TrainConfig, recipe_problem
+from .cpu import use_all_cores
 from .data import ImageData
 from .folders import is_complete, run_folder
 from .hub import load_checkpoint
@@ -26,7 +27,6 @@ from .metrics import collect_logits, ensemble_logits, exit_names
 from .plots import plot_generations
 from .push import check_destination
 from .report import Reporter, render_generations
-from .run import use_all_cores
 from .secondary import secondary_information
 from .trainer import close, create_accelerator, file_record, on_main, push_run, train
 

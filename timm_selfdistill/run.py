@@ -1,8 +1,5 @@
 """A training run: what its steps share, its steps, and what it keeps of them."""
-import ctypes
 import inspect
-import os
-import platform
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -10,6 +7,7 @@ from typing import Any, Dict, List, NoReturn, Optional, Tuple
 
 import numpy as np
 import torch
+import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from safetensors import SafetensorError
@@ -19,9 +17,10 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn, random_seed, update_summary
 
 from .batches import readable
-from .build import build_model, build_task
+from .build import LOOKAHEAD, build_model, build_task, check_optimizer, check_slices
 from .checkpoints import CheckpointError, Checkpoints, os_error_behind
 from .config import ConfigError, TrainConfig, nearest
+from .cpu import keep_freed_memory, use_all_cores
 from .data import DataError, ImageSplit
 from .folders import create_folder, keep_rows
 from .hub import save_model
@@ -36,22 +35,13 @@ from .state import is_sharded, put_back, take, whole_weights
 from .trackers import check_trackers
 from .unreadable import UNREADABLE, Unreadable, list_unreadable, write_unreadable
 
-__all__ = ['Run', 'keep_freed_memory', 'use_all_cores']
+__all__ = ['Run']
 
 # Seconds that the last checkpoint is at least old when the end of an epoch brings the next.
 _CHECKPOINT_AGE = 60.
 
-# Numbers of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
 # What one process asks of all, as bits.
 _STOP, _SAVE = 1, 2
-
-
-def use_all_cores() -> None:
-    """Undo the launcher's OMP_NUM_THREADS=1: on a CPU the processes of this machine share its cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
 def _summary_metrics(model: MultiExit, metrics: Dict[str, Dict[str, Any]]) -> 'OrderedDict[str, float]':
@@ -61,18 +51,6 @@ def _summary_metrics(model: MultiExit, metrics: Dict[str, Dict[str, Any]]) -> 'O
     for name, values in metrics.items():
         columns.update((f'{name}_{key}', values[key]) for key in ('top1', 'top5', 'loss', 'ece'))
     return columns
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of tensors that are gone for those of the next step.
-
-    By default what is larger than 32 MiB, such as a map of the first head for 64 images, goes back to the system each
-    time and comes again page by page, filled with zeros: that took 8 % of a step of `resnet18_cifar` with its exits.
-    """
-    if platform.libc_ver()[0] == 'glibc':
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
 class Run:
@@ -122,10 +100,17 @@ class Run:
         model, self.data_config = build_model(config, self.data)
         self.costs = exit_costs(model, self.data_config['input_size'])
         if config.grad_checkpointing:
-            model.set_grad_checkpointing()
+            try:
+                model.set_grad_checkpointing()
+            except AssertionError as e:
+                raise ConfigError(
+                    f'--grad-checkpointing: {config.model} has none; leave it out. --grad-accum-steps saves memory too.'
+                ) from e
         self.task = build_task(config, model, self.device, self.data_config, self.data).to(self.device)
         if config.channels_last and not is_sharded(accelerator):  # FSDP asks for contiguous parameters
             self.task.to(memory_format=torch.channels_last)
+        slices = accelerator.num_processes * config.grad_accum_steps
+        check_slices(self.task, self.data_config['input_size'], config.batch_size, slices)
         self.loaders = Loaders(config, self.data, self.data_config, accelerator)
         self.loader = self.loaders.train()
         self.steps_per_epoch = self.loader.batch_sampler.steps
@@ -163,21 +148,27 @@ class Run:
 
     def _create_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        if config.opt not in list_optimizers():
+        name = config.opt.removeprefix(LOOKAHEAD)
+        if name not in list_optimizers():
             raise ConfigError(
                 f'--opt {config.opt}: timm has no such optimizer{nearest(config.opt, list_optimizers())}.')
-        options = inspect.signature(get_optimizer_class(config.opt, bind_defaults=False)).parameters
-        # sharded parameters have no fused SGD (torch 2.15)
-        fusable = 'fused' in options and self.device.type in ('cpu', 'cuda') and not is_sharded(self.accelerator)
-        return create_optimizer_v2(
-            self.task.trainable_module,
-            opt=config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            layer_decay=config.layer_decay,
-            **(dict(fused=True) if fusable else {}),
-        )
+
+        def create(module: nn.Module, **other: Any) -> torch.optim.Optimizer:
+            options = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+            # sharded parameters have no fused SGD (torch 2.15)
+            fusable = 'fused' in options and self.device.type in ('cpu', 'cuda') and not is_sharded(self.accelerator)
+            return create_optimizer_v2(
+                module,
+                opt=config.opt,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                **(dict(fused=True) if fusable else {}),
+                **other,
+            )
+
+        check_optimizer(create, config.opt, self.device)
+        return create(self.task.trainable_module, layer_decay=config.layer_decay)
 
     def _create_mixup(self, num_classes: int) -> Optional[Mixup]:
         config, processes = self.config, self.accelerator.num_processes

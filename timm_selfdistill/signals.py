@@ -1,11 +1,15 @@
 """Being asked to stop, by a scheduler that wants its machine back or by Ctrl-C."""
+import multiprocessing
 import os
 import signal
+import threading
 import time
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
-__all__ = ['Preempted', 'StopSignals', 'keep_worker_alive']
+__all__ = ['Preempted', 'StopSignals', 'keep_worker_alive', 'starting_workers']
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -53,13 +57,50 @@ class StopSignals:
 
 
 def keep_worker_alive(worker: int) -> None:
-    """Let a loader's worker outlive the first SIGTERM and every Ctrl-C, for `worker_init_fn`.
+    """Let a loader's worker end with the trainer and not before, for `worker_init_fn`.
 
     Schedulers and terminals signal all processes at once, and without its workers the trainer could not finish the step
-    after which it writes its checkpoint. The second SIGTERM is the trainer's own, when it ends.
+    after which it writes its checkpoint. So a worker ignores Ctrl-C, and SIGTERM unless the trainer itself has sent it,
+    by which Python ends its children; that one, and the trainer's death, end it wherever it is. Where the system does
+    not tell who sent a signal (macOS, Windows), every SIGTERM ends it, and so it does in a worker that is spawned, not
+    forked, outside of `starting_workers`.
     """
-    def note(number: int, frame: Optional[FrameType]) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
+    trainer = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, note)
+    if trainer is None or not hasattr(signal, 'sigtimedwait'):
+        return
+    # threads that start from here on inherit it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_await_end, args=(trainer, os.getppid()), daemon=True).start()
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Let worker processes that start here be born with SIGTERM blocked, in all of their threads.
+
+    That counts for those that are not forked from this process (by default from Python 3.14 on): when
+    `keep_worker_alive` is called in them, what they have imported has started threads, any of which may take a signal.
+    """
+    if not hasattr(signal, 'sigtimedwait'):
+        yield
+        return
+    resource_tracker.ensure_running()  # when it starts, it unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _await_end(trainer: multiprocessing.Process, system_parent: int) -> None:
+    """End this process when its trainer wants that or is gone; a fork server may be what the system calls its parent.
+
+    The trainer's sentinel alone would not do: a pipe stays open as long as a worker forked later has inherited it.
+    """
+    while True:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.)
+        if received is not None and received.si_pid == trainer.pid:
+            break
+        if os.getppid() != system_parent or not trainer.is_alive():
+            break
+    os._exit(0)  # an orphan's threads may wait for ever to hand over a batch

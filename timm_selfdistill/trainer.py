@@ -1,6 +1,7 @@
 """Training from beginning to end on Accelerate: one process or many, CPU or GPU."""
 import json
 import math
+import os
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Callable, Dict, Optional
 
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import PrecisionType, broadcast_object_list
 
 from .card import write_card
 from .config import ConfigError, TrainConfig
@@ -22,7 +23,7 @@ from .push import HubError, check_destination, push_to_hub
 from .records import RECORD, append_record, make_record
 from .report import Reporter
 from .run import Run
-from .signals import StopSignals
+from .signals import Preempted, StopSignals
 from .state import is_sharded
 from .trackers import start_trackers
 
@@ -34,8 +35,25 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
 
     Every parameter is used in every step, and in the same way, which DistributedDataParallel is told; but its static
     graph and gradients that are summed up before they are exchanged exclude each other (torch 2.15).
+
+    Raises:
+        ConfigError: What the launcher or the environment asks for cannot be had.
     """
-    return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(static_graph=config.grad_accum_steps == 1)])
+    try:
+        accelerator = Accelerator(
+            kwargs_handlers=[DistributedDataParallelKwargs(static_graph=config.grad_accum_steps == 1)])
+        if accelerator.mixed_precision not in PrecisionType.list():  # accelerate would take it for none
+            raise ValueError(
+                f'mixed precision {accelerator.mixed_precision} is unknown, expected one of '
+                f'{", ".join(map(str, PrecisionType.list()))}')
+        return accelerator
+    except (ImportError, KeyError, RuntimeError, ValueError) as e:
+        names = ('ACCELERATE_MIXED_', 'ACCELERATE_USE_', 'CUDA_VISIBLE_', 'LOCAL_RANK', 'MASTER_', 'RANK', 'WORLD_SIZE')
+        given = ', '.join(f'{name}={value}' for name, value in sorted(os.environ.items()) if name.startswith(names))
+        raise ConfigError(
+            f'accelerate cannot start: {str(e).rstrip(".") or type(e).__name__}. Check the options of accelerate '
+            f'launch, what accelerate config has written, and these environment variables: {given or "none is set"}.'
+        ) from e
 
 
 def close(accelerator: Accelerator) -> None:
@@ -85,8 +103,13 @@ def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Pat
     if broadcast_object_list([is_complete(folder)])[0]:
         reporter.say(f'The run in {folder} is complete; there is nothing to go on with.')
     else:
-        with StopSignals() as signals:
-            _train(Run(config, accelerator, folder, reporter, signals))
+        signals = StopSignals()
+        run = Run(config, accelerator, folder, reporter, signals)
+        try:
+            with signals:
+                _train(run)
+        except KeyboardInterrupt as e:
+            raise Preempted(f'Stopped by a second {e or "SIGINT"}, amid a step. {run.how_to_go_on()}') from None
     if main:
         file_record(config, folder, reporter)
     if config.push_to_hub is not None:
