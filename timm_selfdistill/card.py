@@ -9,9 +9,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .build import resolve_model_name
-from .config import INCIDENTAL, TrainConfig
+from .config import TrainConfig
 from .data import data_name
 from .latency import LATENCY_NAME
+from .publishing import place_name, public_settings
 from .records import RECORD
 from .wrapper import SUFFIX
 
@@ -36,19 +37,6 @@ _AIMS = {
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
-
-
-def public_settings(settings: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the settings of a run without those that say nothing of its result, and without paths of a machine."""
-    public = {key: value for key, value in settings.items() if key not in INCIDENTAL}
-    for key in ('data_dir', 'teacher'):
-        value = public.get(key)
-        if value and not value.startswith('hf-hub:'):
-            public[key] = Path(value.removeprefix('local-dir:')).name
-    dataset = public.get('dataset')  # the datasets library takes a folder there as well as an id on the Hub
-    if dataset and (dataset.startswith(('.', '~')) or Path(dataset).is_absolute() or Path(dataset).is_dir()):
-        public['dataset'] = Path(dataset).name
-    return public
 
 
 def _describe_method(settings: Dict[str, Any]) -> str:
@@ -159,7 +147,7 @@ def write_card(
     )
     if early_exit is not None:
         (aim, value), = early_exit['aim'].items()
-        early_exit = dict(early_exit, aim=_AIMS[aim].format(value), rule=config['model_args']['early_exit'])
+        early_exit = dict(early_exit, dataset=place_name(early_exit['dataset'], hub_id=True), aim=_AIMS[aim].format(value), rule=config['model_args']['early_exit'])
     card = ModelCard.from_template(
         data,
         template_path=str(CARD_TEMPLATE),

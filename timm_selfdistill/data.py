@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .publishing import place_name
+
 __all__ = [
     'DIGITS', 'DataError', 'ImageData', 'ImageSplit', 'UnreadableImageError', 'data_name', 'load_digits',
     'load_image_data', 'seeded',
@@ -293,7 +295,8 @@ def _superclasses(table: datasets.Dataset, column: str, labels: np.ndarray, num_
 
 def data_name(dataset: Optional[str], data_dir: Optional[str]) -> str:
     """Return what data opened with these settings are called."""
-    return dataset or (Path(data_dir).name if data_dir else DIGITS)
+    place = dataset or data_dir
+    return place_name(place, hub_id=place == dataset) if place else DIGITS
 
 
 def load_image_data(

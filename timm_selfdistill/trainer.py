@@ -18,6 +18,7 @@ from .latency import write_latency
 from .meters import NonFiniteLossError
 from .metrics import exit_table
 from .plots import plot_accuracy_against_compute
+from .publishing import public_settings
 from .push import HubError, check_destination, push_to_hub
 from .records import RECORD, append_record, make_record
 from .report import Reporter
@@ -154,7 +155,7 @@ def _train(run: Run) -> None:
     if run.steps == 0:
         run.save()
     if config.report_to:
-        start_trackers(accelerator, config.report_to, run.folder, config.settings(), run.epoch)
+        start_trackers(accelerator, config.report_to, run.folder, public_settings(config.settings()), run.epoch)
     metrics = None
     try:
         while run.epoch < config.epochs:

@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 import tyro
 from matplotlib.figure import Figure
 
-from timm_selfdistill.config import INCIDENTAL, ConfigError, parse_train_config
+from timm_selfdistill.config import INCIDENTAL, PLACES, ConfigError, parse_train_config
 from timm_selfdistill.launch import run_command
 
 HERE = Path(__file__).parent
@@ -84,7 +84,7 @@ def read_runs(path: Path) -> Dict[str, List[Row]]:
         if twice:
             raise ConfigError(f'--results {path}: {recipe} has several lines with seed {twice[0]}; keep one of them.')
         for row in rows[1:]:
-            differ = _differences(rows[0]['settings'], row['settings'], {'seed', 'teacher'})
+            differ = _differences(rows[0]['settings'], row['settings'], {*PLACES, 'seed'})
             if differ:
                 raise ConfigError(
                     f'--results {path}: runs of {recipe} are not of one recipe: {differ[0]}. Keep them in two files.')
@@ -115,7 +115,7 @@ def changed_settings(recipe: str, rows: Sequence[Row]) -> List[str]:
     name, _, generation = recipe.partition('/')
     if not (ROWS / f'{name}.yaml').exists():
         return []
-    without = {*INCIDENTAL, 'data_dir', 'dataset', 'seed', 'teacher'}
+    without = {*INCIDENTAL, *PLACES, 'seed'}
     if generation:  # a generation's own settings
         without |= {'generations', 'patriarch', 'eta', 'label_weight', 'teacher_temperature'}
     return _differences(_settings_of(name), rows[0]['settings'], without)
@@ -126,7 +126,7 @@ def baseline_of(rows: Sequence[Row], runs: Dict[str, List[Row]]) -> Optional[Lis
     for others in runs.values():
         settings = others[0]['settings']
         plain = (settings['method'], settings['patriarch'], settings['teacher']) == ('plain', 'plain', None)
-        same = not _differences(settings, rows[0]['settings'], TEACHING)
+        same = not _differences(settings, rows[0]['settings'], TEACHING | PLACES)
         if plain and same and all(others[0][key] == rows[0][key] for key in ('network', 'dataset', 'part')):
             return others
     return None
