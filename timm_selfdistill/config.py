@@ -241,6 +241,11 @@ class TrainConfig:
     recipe: Optional[str] = _cosmetic(None)
     """What that line is filed under; the name of the run's folder when None."""
 
+    @property
+    def has_exits(self) -> bool:
+        """Whether the method trains auxiliary exits."""
+        return self.method not in ('kd', 'plain')
+
     def model_arguments(self) -> Dict[str, Any]:
         """Return `model_kwargs` as a dict, values read as Python literals where they are such."""
         arguments = {}

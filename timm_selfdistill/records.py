@@ -100,7 +100,8 @@ def exit_figures(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
         Of every exit, shallow to deep, `shares` (of the plain network's multiply-adds), `top1` and `ece` (percent), and
         `ensemble_top1` and `ensemble_ece`, None for a network of one exit.
     """
-    *exits, ensemble = rows
+    exits = [row for row in rows if row['exit'] != 'ensemble']
+    ensemble = rows[-1]
     return dict(
         shares=[round(row['share'], 4) for row in exits],
         top1=[round(row['top1'], 4) for row in exits],

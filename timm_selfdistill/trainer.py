@@ -26,6 +26,7 @@ from .run import Run
 from .signals import StopSignals
 from .state import is_sharded
 from .trackers import start_trackers
+from .wrapper import model_name
 
 __all__ = ['close', 'create_accelerator', 'file_record', 'on_main', 'push_run', 'train']
 
@@ -145,7 +146,7 @@ def file_record(config: TrainConfig, folder: Path, reporter: Reporter) -> None:
 def _train(run: Run) -> None:
     config, accelerator, reporter = run.config, run.accelerator, run.reporter
     watched = run.data.validation or run.data.test
-    architecture = run.model.pretrained_cfg['architecture']
+    architecture = model_name(run.network)
     reporter.start(run.folder, run.data, run.data_config, run.costs, architecture, accelerator)
     if config.resume is not None:
         run.resume()
@@ -186,7 +187,7 @@ def _train(run: Run) -> None:
 def _finish(run: Run, watched: ImageSplit, metrics: Dict[str, Dict[str, Any]]) -> None:
     """Write what describes the last epoch's weights; those have been measured on the watched part already."""
     results = OrderedDict()
-    architecture = run.model.pretrained_cfg['architecture']
+    architecture = model_name(run.network)
     for name, split in run.data.parts().items():
         if name != 'train':
             measured = metrics if split is watched else run.evaluate(split)
