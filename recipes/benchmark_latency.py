@@ -236,7 +236,8 @@ def list_contenders(network: TrainedNetwork, config: LatencyBenchmarkConfig) -> 
             lambda logits, size: _at(last, logits[-1]), rules['never']),
     ]
     contenders += [
-        truncated(f'only {name}', 'truncated', model.truncate(i), i, alone[i]) for i, name in enumerate(exit_names(model)[:last])]
+        truncated(f'only {name}', 'truncated', model.truncate(i), i, alone[i])
+        for i, name in enumerate(exit_names(model)[:last])]
     contenders += [early_exit(f'early exit, {name}', predictor, rule) for name, rule in rules.items()]
     if config.earlyon:
         contenders += [

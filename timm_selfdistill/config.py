@@ -10,7 +10,9 @@ from typing import Any, Collection, Dict, FrozenSet, Iterable, List, Literal, Op
 import tyro
 import yaml
 
-__all__ = ['INCIDENTAL', 'PLACES', 'PRESETS', 'ConfigError', 'TrainConfig', 'nearest', 'parse_train_config', 'recipe_problem']
+__all__ = [
+    'INCIDENTAL', 'PLACES', 'PRESETS', 'ConfigError', 'TrainConfig', 'nearest', 'parse_train_config', 'recipe_problem',
+]
 
 _AUTHORS = dict(
     opt='momentum', momentum=0.9, lr=0.1, weight_decay=5e-4, batch_size=128, sched='multistep', decay_rate=0.1,

@@ -103,5 +103,6 @@ def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
     except (HTTPError, OSError, RuntimeError, ValueError) as e:
         raise ConfigError(f'--checkpoint {checkpoint}: {e}') from e
     if not isinstance(model, MultiExit):
-        raise ConfigError(f'--checkpoint {checkpoint}: {model_name(model)} ends at an exit, which was cut out of its network.')
+        raise ConfigError(
+            f'--checkpoint {checkpoint}: {model_name(model)} was cut off at an exit; expected a whole network.')
     return model, path

@@ -19,7 +19,7 @@ __all__ = ['LATENCY_NAME', 'measure_latency', 'write_latency']
 
 LATENCY_NAME = 'latency.json'
 
-# As often, and as long, everything is measured at least: the system counts the use of its cores in hundredths of a second.
+# So often, and for so many seconds, everything is measured at least: the use of cores is counted in hundredths of one.
 _ROUNDS, _SECONDS = 7, 0.4
 # Share of the cores that other programs may take before the machine counts as busy.
 _BUSY = 0.1

@@ -14,10 +14,12 @@ _HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[\w.-]+')
 # How the name of a file begins that lies at a fixed place, and what stands before the place in it.
 _KIND = re.compile(r'(?:local-dir:|file:(?://)?)', re.IGNORECASE)
 _DRIVE = re.compile(r'[A-Za-z]:(?=[\\/])')
-_ROOTED = re.compile(r'/[^\s/]|~[^\s\\/]*(?:[\\/]|$)|\.{1,2}[\\/]|\\\\|\$\{?\w+\}?[\\/]|%\w+%|[A-Za-z]:[\\/]|[\w.-]+\\\w')
+_ROOTED = re.compile(
+    r'/[^\s/]|~[^\s\\/]*(?:[\\/]|$)|\.{1,2}[\\/]|\\\\|\$\{?\w+\}?[\\/]|%\w+%|[A-Za-z]:[\\/]|[\w.-]+\\\w')
 # Folders in folders, and files of weights or data.
-_NESTED = re.compile(r'[\w.@+-]+(?:/[\w.@+-]+){2,}/?|[\w.@+/-]+/[\w.@+-]+\.'
-                     r'(?:pth|pt|bin|ckpt|safetensors|tar|zip|gz|npz|npy|pkl|h5|onnx|json|yaml|yml|csv|txt|parquet|arrow)')
+_NESTED = re.compile(
+    r'[\w.@+-]+(?:/[\w.@+-]+){2,}/?|[\w.@+/-]+/[\w.@+-]+\.'
+    r'(?:pth|pt|bin|ckpt|safetensors|tar|zip|gz|npz|npy|pkl|h5|onnx|json|yaml|yml|csv|txt|parquet|arrow)')
 # Arguments that take a place, whatever it looks like.
 _ARGUMENT = re.compile(r'(?:.*_)?(?:path|file|dir|folder|root)', re.IGNORECASE)
 _QUOTED = re.compile(r'''("[^"]*"|'[^']*')''')

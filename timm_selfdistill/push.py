@@ -210,7 +210,7 @@ def stage(
     """
     folder, destination = Path(folder), Path(destination)
     if dataset_id is not None and place_name(dataset_id, hub_id=True) != dataset_id:
-        raise ConfigError(f'--dataset {dataset_id}: expected the id of a data set on the Hub, such as uoft-cs/cifar100.')
+        raise ConfigError(f'--dataset {dataset_id}: expected the id of a data set on the Hub, as in uoft-cs/cifar100.')
     with _reading(folder):
         model, _ = load_checkpoint(str(folder))  # what cannot be loaded is not published
         if exit is None:

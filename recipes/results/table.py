@@ -47,7 +47,7 @@ TEACHING = {
 RECIPES = ('', '_later', '_best')
 METHODS = ('plain', 'deep_supervision', 'byot')
 COLUMNS = (
-    'recipe', 'runs', 'exit 1', 'exit 2', 'exit 3', 'deepest', 'ensemble', 'deepest, gain', 'ensemble, gain',
+    'recipe', 'runs', 'exit 0', 'exit 1', 'exit 2', 'deepest', 'ensemble', 'deepest, gain', 'ensemble, gain',
     'ECE, deepest', 'hours', 'images/s',
 )
 
@@ -278,12 +278,12 @@ def _draw_exits(axes: Any, network: str, own: Dict[str, List[Row]]) -> None:
             axes.axhspan(mean - spread, mean + spread, color=colours[recipe], alpha=0.15, linewidth=0)
             continue
         values.append([row['ensemble_top1'] for row in rows])
-        x = [*range(most - len(values) + 1, most), most]
+        x = [*range(len(values) - 2), most - 1, most]
         axes.errorbar(
             x, [_mean(v) for v in values], [_spread(v) or 0. for v in values], fmt='o-', color=colours[recipe],
             linewidth=1.2, markersize=4, capsize=2, label=label,
         )
-    axes.set_xticks(range(most + 1), [*(f'exit {i + 1}' for i in range(most - 1)), 'deepest', 'ensemble'], fontsize=8)
+    axes.set_xticks(range(most + 1), [*(f'exit {i}' for i in range(most - 1)), 'deepest', 'ensemble'], fontsize=8)
 
 
 def _draw_generations(axes: Any, network: str, own: Dict[str, List[Row]]) -> None:
