@@ -91,7 +91,7 @@ def _rows(run: Dict[str, Any], split: str) -> List[Dict[str, Any]]:
     if len(rows) == 2 and rows[1]['exit'] == 'ensemble':
         del rows[1]
     few = run['config']['num_classes'] < 6
-    return [{k: v for k, v in row.items() if not (few and k.startswith('top5'))} for row in rows]
+    return [dict(row, top5=None) for row in rows] if few else rows
 
 
 def _shown_settings(settings: Dict[str, Any]) -> str:

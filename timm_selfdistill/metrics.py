@@ -90,7 +90,7 @@ class ExitEvaluator(ClassificationEvaluator):
     The calibration error (Guo et al., ICML 2017, arXiv 1706.04599) is the mean distance between confidence and
     accuracy over equal bins of confidence, weighted by the images in a bin; reported in percent like the accuracies.
 
-    With 5 classes or fewer every label is among the top 5, so that there is no top-5 accuracy then.
+    With 5 classes or fewer every label is among the top 5, so that no top-5 accuracy is given then.
 
     Args:
         device: Device of the running totals.
@@ -125,7 +125,7 @@ class ExitEvaluator(ClassificationEvaluator):
     def compute(self, distributed: bool = False) -> Dict[str, Any]:
         """Return loss, top1, top5 and ece, and the integer counts behind them, over all processes.
 
-        There is no top5 with 5 classes or fewer.
+        What is of the top 5 is None with 5 classes or fewer.
         """
         totals, calibration = self.counts.clone(), self.calibration.clone()
         if distributed:
@@ -136,7 +136,7 @@ class ExitEvaluator(ClassificationEvaluator):
         metrics['ece'] = 100 * ((correct - confidence).abs().sum() / calibration[0].sum().clamp(min=1)).item()
         metrics.update(zip(('count', 'top1_count', 'top5_count'), totals.tolist()))
         if self.num_classes is not None and self.num_classes < 6:
-            del metrics['top5'], metrics['top5_count']
+            metrics.update(top5=None, top5_count=None)
         return metrics
 
 
@@ -185,7 +185,7 @@ def evaluate_exits(
 
     Returns:
         By exit name (see `exit_names`): loss (mean negative log likelihood), top1, top5, ece in percent, and the
-        integer counts count, top1_count, top5_count; the two of top 5 for networks of 6 classes and more only.
+        integer counts count, top1_count, top5_count; those of the top 5 are None with 5 classes or fewer.
     """
     evaluators = OrderedDict(
         (name, ExitEvaluator(device, num_classes=model.num_classes)) for name in exit_names(model))

@@ -23,7 +23,7 @@ def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
     )
     table.add_column('exit', no_wrap=True)
     table.add_column('after', no_wrap=True)
-    top5 = 'top5' in rows[0]
+    top5 = rows[0]['top5'] is not None
     for column in ('params', 'MACs', 'share %', 'top-1 %', *(('top-5 %',) if top5 else ()), 'NLL', 'ECE %'):
         table.add_column(column, justify='right', no_wrap=True)
     for row in rows:

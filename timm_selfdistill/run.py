@@ -57,9 +57,10 @@ def use_all_cores() -> None:
 def _summary_metrics(model: MultiExit, metrics: Dict[str, Dict[str, Any]]) -> 'OrderedDict[str, float]':
     """Flatten metrics into columns: timm's own for the deepest exit, then every exit's and the ensemble's."""
     deepest = metrics[exit_names(model)[model.num_exits - 1]]
-    columns = OrderedDict((key, deepest[key]) for key in ('loss', 'top1', 'top5') if key in deepest)
+    columns = OrderedDict((key, deepest[key]) for key in ('loss', 'top1', 'top5') if deepest[key] is not None)
     for name, values in metrics.items():
-        columns.update((f'{name}_{key}', values[key]) for key in ('top1', 'top5', 'loss', 'ece') if key in values)
+        columns.update(
+            (f'{name}_{key}', values[key]) for key in ('top1', 'top5', 'loss', 'ece') if values[key] is not None)
     return columns
 
 
