@@ -134,7 +134,7 @@ def test_evaluate_refuses_what_it_cannot_do(run, monkeypatch, capsys, arguments,
 def test_other_methods(tmp_path, method, exits):
     folder = train(TrainConfig(**TINY, method=method, output=str(tmp_path)))
     rows = json.loads((folder / 'results.json').read_text())['test']
-    assert len(rows) == exits + 1
+    assert [row['exit'] for row in rows] == [f'exit{i}' for i in range(exits)] + ['ensemble'] * (exits > 1)
     header = (folder / 'summary.csv').read_text().splitlines()[0]
     assert 'kl0' not in header
     assert 'hint0' not in header

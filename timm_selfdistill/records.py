@@ -141,21 +141,20 @@ def make_record(
     """
     known = sum(s['steps'] for s in sittings) == steps
     seconds, training = (sum(s[key] for s in sittings) for key in ('seconds', 'training'))
+    settings = public_settings(config.settings())
     where = ('hardware', 'precision', 'torch', 'timm', 'accelerate', 'timm_selfdistill', 'commit')
     return dict(
         recipe=public_text(config.recipe or name, nested=False),
-        network=public_text(config.model).removesuffix('_sd'),
+        network=settings['model'].removesuffix('_sd'),
         dataset=place_name(dataset),
         part=part,
-        method=config.method,
-        seed=config.seed,
-        epochs=config.epochs,
+        **{key: settings[key] for key in ('method', 'seed', 'epochs')},
         **exit_figures(rows),
         hours=round(seconds / 3600, 4) if known else None,
         images_per_second=round(steps * config.batch_size / training, 1) if known and training else None,
         **{key: ', then '.join(dict.fromkeys(str(s[key]) for s in sittings)) for key in where},
         finished=datetime.now(timezone.utc).date().isoformat(),
-        settings=public_settings(config.settings()),
+        settings=settings,
     )
 
 
