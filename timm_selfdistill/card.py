@@ -124,7 +124,8 @@ def write_card(
     config, settings, architecture = run['config'], run['settings'], run['architecture']
     split = list(run['results'])[-1]
     rows, dataset_id = _rows(run, split), dataset_id or run['dataset_id']
-    base, origin, tag = architecture.removesuffix(SUFFIX), None, split_model_name_tag(settings['model'])[1]
+    base, tag = split_model_name_tag(settings['model'])
+    base, origin = base.removesuffix(SUFFIX), None
     if settings['backbone_pretrained']:
         origin = timm.get_pretrained_cfg(f'{base}.{tag}' if tag else base)
     number, early_exit = config.get('model_args', {}).get('truncate'), run['early_exit']

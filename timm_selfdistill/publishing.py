@@ -54,7 +54,7 @@ def public_text(text: str, nested: bool = True) -> str:
     name, equals, value = text.partition('=')
     if equals and name.isidentifier():
         return f'{name}={_public(value, _ARGUMENT.fullmatch(name), nested)}'
-    if text[:1] in ('(', '[', '{', '"', "'"):
+    if text[:1] in ('(', '[', '{', '"', "'") and '\\' not in text:  # which in Windows' paths is no escape
         try:
             literal = ast.literal_eval(text)
         except (SyntaxError, ValueError):
