@@ -23,14 +23,13 @@ from timm_selfdistill.run import Run
 from timm_selfdistill.trainer import train
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
+# Networks run in batches of another size, so that sums in another order may decide on one of the 80 test images.
+ONE_IMAGE = 100 / 80 + 1e-3
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     return str(write_two_colours(tmp_path_factory.mktemp('data')))
-
-# Networks run in batches of another size, so that sums in another order may decide on one of the 80 test images.
-ONE_IMAGE = 100 / 80 + 1e-3
 
 
 def settings(data, output, **more):
