@@ -176,7 +176,7 @@ def plot_results(
         deepest = {  # without its distance to itself
             name: {
                 row['part']: {k: v for k, v in row.items() if isinstance(v, float) and not k.startswith('teacher')}
-                for row in rows if row['exit'] == exit_names(networks[name].model)[-2]
+                for row in rows if row['exit'] == f'exit{networks[name].model.num_exits - 1}'
             } for name, rows in of('secondary').items()
         }
         plot_secondary_information(

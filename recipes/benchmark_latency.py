@@ -29,7 +29,7 @@ from timm_selfdistill.evaluation import (
 from timm_selfdistill.exit_rule import ExitRule
 from timm_selfdistill.hub import load_network
 from timm_selfdistill.metrics import device_time, exit_names
-from timm_selfdistill.multi_exit import MultiExit
+from timm_selfdistill.multi_exit import MultiExit, shown_name
 from timm_selfdistill.stages import copy_model, count_macs, meta_probe
 
 TOLERATED = 0.01  # share of images that rounding may send another way: convolutions round by the size of their batch
@@ -227,7 +227,7 @@ def list_contenders(network: TrainedNetwork, config: LatencyBenchmarkConfig) -> 
     static = None if config.static is None else open_static(config.static, network)
     predictor = EarlyExit(model, thresholds=1.)  # its own rule, if it has one, is of no account
     rules = choose_rules(predictor, network, config)
-    names, last = exit_names(model)[:-1], model.num_exits - 1
+    last = model.num_exits - 1
     alone = [ExitRule(model.num_exits, model.num_classes, thresholds) for _, thresholds in single_exits(last + 1)]
     contenders = [
         truncated('plain', 'plain network', model.truncate(last), last, alone[last]),
@@ -236,7 +236,8 @@ def list_contenders(network: TrainedNetwork, config: LatencyBenchmarkConfig) -> 
             lambda logits, size: _at(last, logits[-1]), rules['never']),
     ]
     contenders += [
-        truncated(f'only {name}', 'truncated', model.truncate(i), i, alone[i]) for i, name in enumerate(names[:-1])]
+        truncated(f'only {name}', 'truncated', model.truncate(i), i, alone[i])
+        for i, name in enumerate(exit_names(model)[:last])]
     contenders += [early_exit(f'early exit, {name}', predictor, rule) for name, rule in rules.items()]
     if config.earlyon:
         contenders += [
@@ -453,6 +454,8 @@ def run_benchmark(config: LatencyBenchmarkConfig, compare: Callable, console: Co
     config.check()
     network = open_network(config.checkpoint, config)
     model, data, device = network.model, network.data, network.device
+    if model.num_exits == 1:
+        raise ConfigError(f'--checkpoint {config.checkpoint}: {shown_name(model)} has no auxiliary exits to leave at.')
     check_held_out(network)
     keep_freed_memory()
     most = min(config.images, len(data.test))
@@ -466,7 +469,7 @@ def run_benchmark(config: LatencyBenchmarkConfig, compare: Callable, console: Co
     if config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     machine = dict(
-        model=model.pretrained_cfg['architecture'],
+        model=shown_name(model),
         dataset=data.name,
         rounds=config.rounds,
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,

@@ -196,7 +196,7 @@ def measure(config: TrainBenchmarkConfig, compare: Callable, folder: Path) -> Li
         parts = [_parts(runs[method], streams[method]) for _ in range(config.rounds)]
         rows.append(dict(
             what='step', name=method, **figures, images_per_second=config.batch_size / figures['seconds'],
-            macs=runs[method].costs['ensemble'].macs, peak_bytes=peaks[method],
+            macs=list(runs[method].costs.values())[-1].macs, peak_bytes=peaks[method],
             **{name: sorted(p[name] for p in parts)[len(parts) // 2] for name in parts[0]},
         ))
     if config.loop:

@@ -22,6 +22,7 @@ from timm_selfdistill.exit_rule import ExitRule, surety
 from timm_selfdistill.folders import is_complete
 from timm_selfdistill.launch import run_command
 from timm_selfdistill.metrics import collect_logits
+from timm_selfdistill.multi_exit import shown_name
 from timm_selfdistill.plots import plot_early_exit, plot_first_and_last
 
 SHEET = 16  # images that left first, and as many that left last
@@ -167,6 +168,8 @@ def main() -> None:
                           f'into; there is no config.json.')
     network = open_network(config.checkpoint, config)
     model, data = network.model, network.data
+    if model.num_exits == 1:
+        raise ConfigError(f'--checkpoint {config.checkpoint}: {shown_name(model)} has no auxiliary exits to leave at.')
     check_held_out(network, test=False)
     keep_test_apart(data, config.test_fraction)
     predictor = EarlyExit(model)
@@ -201,7 +204,7 @@ def main() -> None:
     curves = {'early exit': [row for row in curve[shown] if row['thresholds'] in best]}
     for family, name in (('budgeted', 'budgeted batch'), ('shared', 'one threshold for all exits')):
         curves[name] = [row for row in curve[shown] if row['family'] == family]
-    title = f'{model.pretrained_cfg["architecture"]} on {data.name}'
+    title = f'{shown_name(model)} on {data.name}'
     unit = calibration.unit if calibration.unit != 'ms' else 'ms for one image'
     on_split = f'{title}, {shown} part ({len(split):,} images)'
     chosen = 'chosen on the validation part' if shown == 'test' else 'chosen on these images, measured on no others'

@@ -19,6 +19,7 @@ from timm_selfdistill.metrics import (
     exit_table,
     learn_ensemble,
 )
+from timm_selfdistill.multi_exit import shown_name
 from timm_selfdistill.report import render_table
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     model, data, device = network.model, network.data, network.device
     split = choose_split(data, config.split)
     weights = None
-    if config.ensemble == 'learned':
+    if config.ensemble == 'learned' and model.num_exits > 1:
         if data.validation is None:
             raise ConfigError(f'--ensemble learned: {data.name} has no validation part to learn the weights on.')
         if split == 'validation':
@@ -55,13 +56,14 @@ def main() -> None:
         model, network.batches(data.parts()[split]), device, ensemble=partial(ensemble_logits, by=by, weights=weights))
     rows = exit_table(model, metrics, exit_costs(model, network.data_config['input_size']))
     if config.json:
-        result = dict(checkpoint=config.checkpoint, dataset=data.name, split=split, ensemble=config.ensemble)
+        result = dict(checkpoint=config.checkpoint, dataset=data.name, split=split)
+        result['ensemble'] = config.ensemble if model.num_exits > 1 else None
         if weights is not None:
             result['ensemble_weights'] = weights.tolist()
         print(json.dumps(dict(result, exits=rows), indent=2))
         return
     console = Console(highlight=False)
-    title = f'{model.pretrained_cfg["architecture"]} on {data.name}, {split} part ({rows[0]["count"]:,} images)'
+    title = f'{shown_name(model)} on {data.name}, {split} part ({rows[0]["count"]:,} images)'
     console.print(render_table(rows, title))
     if weights is not None:
         console.print(f'weights of the exits in the ensemble: {", ".join(f"{w:.3f}" for w in weights.tolist())}')

@@ -26,6 +26,7 @@ from timm_selfdistill.plots import plot_accuracy_against_compute
 from timm_selfdistill.push import stage
 from timm_selfdistill.records import RECORD, append_record, exit_figures
 from timm_selfdistill.untrusted import CONFIG_NAME, WEIGHTS_NAME
+from timm_selfdistill.wrapper import SUFFIX
 
 LARGEST = 3 * 10 ** 6  # bytes; the package is downloaded by everybody
 
@@ -60,6 +61,8 @@ def main() -> None:
     if not (is_complete(run) and (run / RECORD).is_file()):
         raise ConfigError(f'--checkpoint {config.checkpoint}: expected the folder of a run that has come to its end.')
     architecture = json.loads((run / CONFIG_NAME).read_text(encoding='utf-8'))['architecture']
+    if not architecture.endswith(SUFFIX):
+        raise ConfigError(f'--checkpoint {config.checkpoint}: {architecture} has no exits, and is not packaged.')
     if not re.fullmatch(re.escape(architecture) + r'\.\w+', config.name):
         raise ConfigError(f'--name {config.name}: expected {architecture}.<tag>, the tag of letters, digits and _.')
     with tempfile.TemporaryDirectory() as folder:

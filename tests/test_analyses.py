@@ -331,11 +331,11 @@ def test_analyze_compares_runs_and_draws_them(runs, tmp_path, monkeypatch, capsy
     assert all(p.read_bytes().startswith(b'\x89PNG') for p in tmp_path.glob('*.png'))
     byot, plain = out['networks']['byot'], out['networks']['plain']
     assert (list(byot['scatter']), list(plain['scatter'])) == (['exit0', 'exit1', 'exit2'], ['exit0'])
-    assert (len(byot['noise']), len(plain['noise'])) == (8, 4)
+    assert (len(byot['noise']), len(plain['noise'])) == (8, 2)
     assert byot['gradients']['sum of all exits']['conv1.0'] > 0
     assert plain['gradients']['deepest exit'] == pytest.approx(plain['gradients']['sum of all exits'], rel=1e-5)
     assert [(r['part'], r['exit']) for r in plain['secondary']] == [
-        (part, name) for part in ('train', 'test') for name in ('exit0', 'ensemble')]
+        (part, 'exit0') for part in ('train', 'test')]
     assert 'SSE/SSB' in capsys.readouterr().out
 
 

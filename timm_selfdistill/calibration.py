@@ -18,7 +18,7 @@ from .stages import count_macs, meta_probe, take_taps
 __all__ = [
     'MS', 'SHARE', 'Calibration', 'Candidate', 'RunCosts', 'check_aim', 'check_targets', 'choose_point',
     'compute_costs', 'exit_curve', 'fit_temperature', 'fit_temperatures', 'measure_costs', 'measure_thresholds',
-    'pareto', 'single_exits',
+    'pareto', 'single_exits', 'time_parts', 'timed_costs',
 ]
 
 SHARE = "share of the plain network's multiply-adds"
@@ -153,7 +153,6 @@ def _run_head(head: ExitHead, tap: torch.Tensor, previous: Optional[torch.Tensor
     return head.forward_head(head.forward_features(tap), previous)
 
 
-@torch.no_grad()
 def measure_costs(model: MultiExit, images: torch.Tensor, rounds: int = 15) -> RunCosts:
     """Measure the time that the network's parts take on this machine, in milliseconds for one image.
 
@@ -168,6 +167,31 @@ def measure_costs(model: MultiExit, images: torch.Tensor, rounds: int = 15) -> R
     Raises:
         ValueError: There are no images, or fewer rounds than one.
     """
+    return timed_costs(model, [median(of_part) for of_part in zip(*time_parts(model, images, rounds))])
+
+
+def timed_costs(model: MultiExit, ms: Sequence[float]) -> RunCosts:
+    """Return the costs of a network's parts, given what `time_parts` measured in a round."""
+    upto, heads = ms[:model.num_exits], ms[model.num_exits:]
+    return RunCosts(tuple(_sections(upto)), (*heads, 0.), MS, _is_chained(model))
+
+
+@torch.no_grad()
+def time_parts(model: MultiExit, images: torch.Tensor, rounds: int, seconds: float = 0.) -> List[List[float]]:
+    """Measure the time that the network's parts take on this machine, in turn and again and again.
+
+    Args:
+        model: See `measure_costs`.
+        images: Likewise.
+        rounds: Times that everything is measured at least.
+        seconds: Time that this is to take at least.
+
+    Returns:
+        A list a round: milliseconds for one image to each exit's map, to the deepest exit, and of each head.
+
+    Raises:
+        ValueError: There are no images, or fewer rounds than one.
+    """
     if not len(images) or rounds < 1:
         raise ValueError(f'{len(images)} images, rounds={rounds}: expected 1 or more of both.')
     with eval_mode(model):
@@ -178,15 +202,16 @@ def measure_costs(model: MultiExit, images: torch.Tensor, rounds: int = 15) -> R
         calls.append(lambda: model(images))
         for head, tap, previous in zip(model.exit_heads, taps, [None, *logits]):
             calls.append(lambda head=head, tap=tap, previous=previous: _run_head(head, tap, previous))
-        seconds: List[List[float]] = [[] for _ in calls]
-        for turn in range(rounds + 2):
-            for call, taken in zip(calls, seconds):
+        measured: List[List[float]] = []
+        begin = device_time(images.device)
+        while len(measured) < rounds + 2 or device_time(images.device) - begin < seconds:
+            taken = []
+            for call in calls:
                 start = device_time(images.device)
                 call()
-                if turn > 1:  # the first ones choose algorithms and allocate memory
-                    taken.append(device_time(images.device) - start)
-    ms = [1000 * median(taken) / len(images) for taken in seconds]
-    return RunCosts(tuple(_sections(ms[:model.num_exits])), (*ms[model.num_exits:], 0.), MS, _is_chained(model))
+                taken.append(1000 * (device_time(images.device) - start) / len(images))
+            measured.append(taken)
+    return measured[2:]  # the first ones choose algorithms and allocate memory
 
 
 # -- accuracy over cost -----------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ from typing import Any, Dict, List, Optional, Union
 import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import split_model_name_tag
 
-from .build import resolve_model_name
-from .config import INCIDENTAL, TrainConfig
+from .config import TrainConfig
 from .data import data_name
 from .latency import LATENCY_NAME
+from .publishing import place_name, public_settings
 from .records import RECORD
 from .wrapper import SUFFIX
 
@@ -26,6 +27,7 @@ _METHODS = {
     'kd': 'distillation from another network',
     'plain': 'plain training',
 }
+_TAGS = {'byot': ('multi-exit', 'early-exit', 'self-distillation'), 'kd': ('distillation',), 'plain': ()}
 # What early exit was calibrated for, with the value in braces.
 _AIMS = {
     'budget': 'to take {:.3g} of the plain network\'s multiply-adds in the mean',
@@ -38,22 +40,9 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
 
 
-def public_settings(settings: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the settings of a run without those that say nothing of its result, and without paths of a machine."""
-    public = {key: value for key, value in settings.items() if key not in INCIDENTAL}
-    for key in ('data_dir', 'teacher'):
-        value = public.get(key)
-        if value and not value.startswith('hf-hub:'):
-            public[key] = Path(value.removeprefix('local-dir:')).name
-    dataset = public.get('dataset')  # the datasets library takes a folder there as well as an id on the Hub
-    if dataset and (dataset.startswith(('.', '~')) or Path(dataset).is_absolute() or Path(dataset).is_dir()):
-        public['dataset'] = Path(dataset).name
-    return public
-
-
 def _describe_method(settings: Dict[str, Any]) -> str:
     """Say in words how a run trained."""
-    words = _METHODS[settings['method']]
+    words = _METHODS.get(settings['method'], settings['method'])
     if settings['teacher']:
         return f'{words}, taught by {settings["teacher"]}'
     if settings['patriarch'] != 'plain':
@@ -84,7 +73,7 @@ def describe_run(folder: Path, results: Optional[Dict[str, Any]] = None) -> Dict
         architecture=config['architecture'],
         settings=settings,
         dataset=data_name(dataset, settings['data_dir']),
-        dataset_id=dataset if dataset and '/' in dataset else None,
+        dataset_id=dataset if dataset and '/' in dataset and '://' not in dataset else None,
         results=results or json.loads((folder / 'results.json').read_text(encoding='utf-8')),
         latency=_read(folder / LATENCY_NAME),
         early_exit=_read(folder / 'early_exit.json'),
@@ -93,9 +82,16 @@ def describe_run(folder: Path, results: Optional[Dict[str, Any]] = None) -> Dict
 
 
 def _rows(run: Dict[str, Any], split: str) -> List[Dict[str, Any]]:
-    """Return the table of a part; of a network that ends at an exit, the row of this exit."""
+    """Return the table of a part; of a network that ends at an exit, the row of this exit.
+
+    Older versions measured an ensemble of a single exit, and the top 5 of five classes and fewer.
+    """
     number = run['config'].get('model_args', {}).get('truncate')
-    return [row for row in run['results'][split] if number is None or row['exit'] == f'exit{number}']
+    rows = [row for row in run['results'][split] if number is None or row['exit'] == f'exit{number}']
+    if len(rows) == 2 and rows[1]['exit'] == 'ensemble':
+        del rows[1]
+    few = run['config']['num_classes'] < 6
+    return [dict(row, top5=None) for row in rows] if few else rows
 
 
 def _shown_settings(settings: Dict[str, Any]) -> str:
@@ -128,7 +124,7 @@ def write_card(
     config, settings, architecture = run['config'], run['settings'], run['architecture']
     split = list(run['results'])[-1]
     rows, dataset_id = _rows(run, split), dataset_id or run['dataset_id']
-    base, tag = resolve_model_name(settings['model'])
+    base, tag = split_model_name_tag(settings['model'])
     base, origin = base.removesuffix(SUFFIX), None
     if settings['backbone_pretrained']:
         origin = timm.get_pretrained_cfg(f'{base}.{tag}' if tag else base)
@@ -139,7 +135,7 @@ def write_card(
         library_name='timm',
         pipeline_tag='image-classification',
         license=origin.license if origin is not None and origin.license else LICENSE,
-        tags=['image-classification', 'timm', 'multi-exit', 'early-exit', 'self-distillation'],
+        tags=['image-classification', 'timm', *_TAGS.get(settings['method'], ('multi-exit', 'early-exit'))],
         datasets=[dataset_id] if dataset_id else None,
         base_model=origin.hf_hub_id if origin is not None else None,
         metrics=['accuracy'],
@@ -159,7 +155,9 @@ def write_card(
     )
     if early_exit is not None:
         (aim, value), = early_exit['aim'].items()
-        early_exit = dict(early_exit, aim=_AIMS[aim].format(value), rule=config['model_args']['early_exit'])
+        early_exit = dict(
+            early_exit, dataset=place_name(early_exit['dataset'], hub_id=True), aim=_AIMS[aim].format(value),
+            rule=config['model_args']['early_exit'])
     card = ModelCard.from_template(
         data,
         template_path=str(CARD_TEMPLATE),
@@ -167,6 +165,7 @@ def write_card(
         else f'Exit {number} of {architecture} on {run["dataset"]}',
         architecture=architecture,
         base=base,
+        registers=not timm.model_entrypoint(architecture).__module__.startswith('timm.'),
         number=number,
         method=_describe_method(settings),
         dataset=run['dataset'],

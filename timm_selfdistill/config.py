@@ -5,12 +5,14 @@ import dataclasses
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterable, List, Literal, Optional, Sequence, Tuple, Union
+from typing import Any, Collection, Dict, FrozenSet, Iterable, List, Literal, Optional, Sequence, Tuple, Union
 
 import tyro
 import yaml
 
-__all__ = ['PRESETS', 'ConfigError', 'TrainConfig', 'nearest', 'parse_train_config', 'recipe_problem']
+__all__ = [
+    'INCIDENTAL', 'PLACES', 'PRESETS', 'ConfigError', 'TrainConfig', 'nearest', 'parse_train_config', 'recipe_problem',
+]
 
 _AUTHORS = dict(
     opt='momentum', momentum=0.9, lr=0.1, weight_decay=5e-4, batch_size=128, sched='multistep', decay_rate=0.1,
@@ -34,13 +36,6 @@ PRESETS: Dict[str, Dict[str, Any]] = {
 _ETA = {'tsd': 0.6, 'label-smoothing': 0.9, 'confidence-penalty': 0.9}
 
 
-# Settings that may change between two sittings at the same run: they leave its result as it is.
-INCIDENTAL = {
-    'output', 'experiment', 'resume', 'workers', 'log_interval', 'checkpoint_every', 'checkpoint_hist', 'report_to',
-    'push_to_hub', 'recipe', 'results',
-}
-
-
 class ConfigError(ValueError):
     """A setting cannot be used; the message names it and what is allowed."""
 
@@ -49,6 +44,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Word a hint at the names closest to a mistyped one; empty if none comes close."""
     close = difflib.get_close_matches(name, list(known), n=5)
     return f'; the nearest names are {", ".join(close)}' if close else ''
+
+
+def _place(hub_id: bool = False) -> Any:
+    """Return a field for a place on this machine, of which the name alone is published; or for an id on the Hub."""
+    return dataclasses.field(default=None, metadata=dict(kind='path', hub_id=hub_id))
+
+
+def _cosmetic(default: Any) -> Any:
+    """Return a field that leaves the result as it is: two sittings at a run may differ in it, and it is not published.
+    """
+    return dataclasses.field(default=default, metadata=dict(kind='cosmetic'))
 
 
 @dataclasses.dataclass
@@ -73,9 +79,9 @@ class TrainConfig:
     model_kwargs: Tuple[str, ...] = ()
     """More arguments of the model, as key=value."""
 
-    dataset: Optional[str] = None
+    dataset: Optional[str] = _place(hub_id=True)
     """digits, a Hugging Face Hub id, or a loader of the datasets library; found out from --data-dir when None."""
-    data_dir: Optional[str] = None
+    data_dir: Optional[str] = _place()
     """Local folder: parquet or arrow files, or images in one folder a class."""
     image_column: Optional[str] = None
     """Column of the images, where the data set leaves a choice."""
@@ -94,7 +100,7 @@ class TrainConfig:
     loader: Optional[Literal['device', 'workers']] = None
     """Where batches are made. device: decoded images lie in the device's memory and are augmented there. workers: by
     timm's transforms, image by image. When None the former where the images fit and --crop is pad."""
-    workers: Optional[int] = None
+    workers: Optional[int] = _cosmetic(None)
     """Loader processes; when None, 4 with an accelerator and none on a CPU, which is busy with training."""
 
     method: Literal['byot', 'deep-supervision', 'kd', 'plain'] = 'byot'
@@ -124,7 +130,7 @@ class TrainConfig:
     last_phase_epochs: int = 0
     """Last epochs, of --epochs, in which the network learns from its deepest exit alone and the other exits follow."""
 
-    teacher: Optional[str] = None
+    teacher: Optional[str] = _place()
     """Network that teaches every exit: folder of a run, hf-hub:org/name, or a timm name with weights."""
     label_weight: Optional[float] = None
     """Share of the labels against the teacher; when None 0.6, for kd 0.1."""
@@ -214,30 +220,35 @@ class TrainConfig:
 
     seed: int = 42
     """Seed of the weights, the order and the augmentation."""
-    output: str = 'output/train'
+    output: str = _cosmetic('output/train')
     """Folder of runs."""
-    experiment: Optional[str] = None
+    experiment: Optional[str] = _cosmetic(None)
     """Name of this run's folder; date and model when None. Must not exist yet, unless --resume is given."""
-    resume: Optional[Literal['auto']] = None
+    resume: Optional[Literal['auto']] = _cosmetic(None)
     """auto: go on with the run in --experiment's folder, without that with the newest run of these settings in
     --output, and begin where there is none."""
-    checkpoint_every: Optional[str] = None
+    checkpoint_every: Optional[str] = _cosmetic(None)
     """Optimizer steps between checkpoints, as in 500, or minutes, as in 10m. Ends of epochs have one in any case where
     the last is more than a minute old."""
-    checkpoint_hist: int = 2
+    checkpoint_hist: int = _cosmetic(2)
     """Checkpoints to keep, the newest; the best weights by the validation part are kept beside them."""
-    report_to: Tuple[str, ...] = ()
+    report_to: Tuple[str, ...] = _cosmetic(())
     """Trackers that follow the run: tensorboard, wandb, trackio, or another one that accelerate knows; all for all
     that are installed."""
-    push_to_hub: Optional[str] = None
+    push_to_hub: Optional[str] = _cosmetic(None)
     """Put the complete run into this repository of the Hugging Face Hub, org/name, created as a private one if needed.
     Without a value: a name made of network, method and data set, under TIMM_SELFDISTILL_ORG or your own name."""
-    log_interval: int = 50
+    log_interval: int = _cosmetic(50)
     """Steps between two looks at the loss on an accelerator; a CPU looks at every step."""
-    results: Optional[str] = None
+    results: Optional[str] = _cosmetic(None)
     """File of JSON lines that a complete run appends one to: its settings, every exit's figures, time and hardware."""
-    recipe: Optional[str] = None
+    recipe: Optional[str] = _cosmetic(None)
     """What that line is filed under; the name of the run's folder when None."""
+
+    @property
+    def has_exits(self) -> bool:
+        """Whether the method trains auxiliary exits."""
+        return self.method not in ('kd', 'plain')
 
     def model_arguments(self) -> Dict[str, Any]:
         """Return `model_kwargs` as a dict, values read as Python literals where they are such."""
@@ -350,6 +361,14 @@ class TrainConfig:
         )
 
 
+def _of_kind(kind: str) -> FrozenSet[str]:
+    return frozenset(f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get('kind') == kind)
+
+
+# Settings that leave the result as it is, and those that say where something lies.
+INCIDENTAL, PLACES = _of_kind('cosmetic'), _of_kind('path')
+
+
 def recipe_problem(
         args: Path,
         config: TrainConfig,
@@ -378,7 +397,7 @@ def recipe_problem(
     if config.streaming:
         may_differ.discard('workers')  # each has its own share of a stream
     if moved:
-        may_differ.update(name for name in ('data_dir', 'teacher') if _same_folder(before[name], now[name]))
+        may_differ.update(name for name in PLACES if _same_folder(before[name], now[name]))
     changed = [
         f'--{name.replace("_", "-")} was {before[name]} and is {now[name]}'
         for name in now if name not in may_differ and before[name] != now[name]

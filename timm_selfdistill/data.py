@@ -1,9 +1,9 @@
 """Data sets of labelled images through the `datasets` library."""
 import copy
+import os
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import datasets
@@ -16,6 +16,7 @@ from .data_files import DIGITS, IMAGES, empty_split, find_files, open_files
 from .errors import DataError
 from .images import UnreadableImageError, decode_image, printable
 from .labels import Classes, Key, find_classes, label_keys, shortened
+from .publishing import place_name
 
 __all__ = [
     'DataError', 'ImageData', 'ImageSplit', 'UnreadableImageError', 'classes_for', 'data_name', 'hold_out',
@@ -224,7 +225,9 @@ def first_image(decode: Callable, images: Iterable, skip_unreadable: bool):
 
 def data_name(dataset: Optional[str], data_dir: Optional[str]) -> str:
     """Return what data opened with these settings are called."""
-    return dataset or (Path(data_dir).resolve().name if data_dir else DIGITS)
+    if dataset:
+        return place_name(dataset, hub_id=True)
+    return place_name(os.path.abspath(data_dir)) if data_dir else DIGITS
 
 
 def classes_for(

@@ -17,7 +17,7 @@ from timm.models import get_model_input_config
 from .config import ConfigError
 from .exit_rule import ExitRule
 from .metrics import eval_mode
-from .multi_exit import MultiExit
+from .multi_exit import MultiExit, shown_name
 from .segments import AllExits, split_network, trace
 from .wrapper import model_name
 
@@ -235,7 +235,7 @@ def export_network(
         format_version=1,
         kind=kind,
         format=format,
-        architecture=model_name(model),
+        architecture=shown_name(model),
         num_classes=model.num_classes,
         num_exits=model.num_exits,
         exit=number,

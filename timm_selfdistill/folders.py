@@ -1,20 +1,24 @@
 """The folder of a run: a new one, or the one to go on with."""
+import csv
 import time
 from pathlib import Path
-from typing import Optional
+from typing import Any, Dict, Optional
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .build import resolve_model_name
 from .config import ConfigError, TrainConfig, recipe_problem
+from .wrapper import SUFFIX
 
-__all__ = ['choose_folder', 'create_folder', 'is_complete', 'keep_rows', 'run_folder']
+__all__ = ['add_row', 'choose_folder', 'create_folder', 'is_complete', 'keep_rows', 'run_folder']
 
 
 def run_folder(config: TrainConfig) -> Path:
     """Return the folder that `--output` and `--experiment` name, the latter date and model when None."""
     name, _ = resolve_model_name(config.model)
+    if not config.has_exits:
+        name = name.removesuffix(SUFFIX)
     return Path(config.output) / (config.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{name}')
 
 
@@ -89,4 +93,28 @@ def keep_rows(summary: Path, epochs: int) -> None:
     kept = [line for line in lines if line.endswith(b'\n') and int(line.partition(b',')[0]) < epochs]
     beside = summary.with_suffix('.csv.new')
     beside.write_bytes(b''.join([header, *kept] if kept else []))
+    beside.replace(summary)
+
+
+def add_row(summary: Path, row: Dict[str, Any]) -> None:
+    """Append an epoch's line to a `summary.csv` in timm's form.
+
+    A run that an older version began may have other columns: those that one side lacks stay empty there.
+    """
+    rows = []
+    names = list(row)
+    if summary.exists():
+        with summary.open(newline='', encoding='utf-8') as f:
+            reader = csv.DictReader(f)
+            rows, header = list(reader), list(reader.fieldnames or ())
+        names = list(dict.fromkeys([*header, *names]))
+        if names == header:
+            with summary.open('a', newline='', encoding='utf-8') as f:
+                csv.DictWriter(f, names).writerow(row)
+            return
+    beside = summary.with_suffix('.csv.new')
+    with beside.open('w', newline='', encoding='utf-8') as f:
+        writer = csv.DictWriter(f, names)
+        writer.writeheader()
+        writer.writerows([*rows, row])
     beside.replace(summary)

@@ -180,9 +180,9 @@ class _Lineage:
                 logits, target = collect_logits(model, loader, self.accelerator.device)
             self._scores[part] = self._scores.get(part, 0.) + logits[-1].softmax(-1)
             if part == self.parts[-1]:
-                outputs = [*logits, ensemble_logits(logits), self._scores[part]]
-                names = [*exit_names(model), 'generations_ensemble']
-                correct = {name: 100. * (z.argmax(-1) == target) for name, z in zip(names, outputs)}
+                outputs = dict(zip(exit_names(model), [*logits, ensemble_logits(logits)]))
+                outputs['generations_ensemble'] = self._scores[part]
+                correct = {name: 100. * (z.argmax(-1) == target) for name, z in outputs.items()}
                 row.update(self._means(correct))
             known = self._means(secondary_information(
                 logits[-1],

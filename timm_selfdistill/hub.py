@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
 from .config import ConfigError
-from .multi_exit import MultiExit
+from .multi_exit import MultiExit, add_exits
 from .pretrained import fetch_weights, read_source
 from .untrusted import CONFIG_NAME, WEIGHTS_NAME, WeightsError
+from .wrapper import BackboneWrapper, model_name
 
 __all__ = ['class_names', 'load_checkpoint', 'load_network', 'save_model']
 
@@ -90,17 +91,20 @@ def load_network(checkpoint: str) -> Tuple[nn.Module, Optional[Path]]:
 
 
 def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
-    """Load a multi-exit network for a recipe, see `load_network`.
+    """Load a network for a recipe, see `load_network`; a plain one becomes a network of a single exit.
 
     Raises:
-        ConfigError: It cannot be loaded, or has no exits.
+        ConfigError: It cannot be loaded, or is one that was cut off at an exit.
     """
     try:
         model, path = load_network(checkpoint)
+        if not isinstance(model, BackboneWrapper):
+            model = add_exits(model, exits=()).eval()
     except (HTTPError, OSError, RuntimeError, ValueError) as e:
         raise ConfigError(f'--checkpoint {checkpoint}: {e}') from e
     if not isinstance(model, MultiExit):
-        raise ConfigError(f'--checkpoint {checkpoint}: {type(model).__name__} is a network without exits.')
+        raise ConfigError(
+            f'--checkpoint {checkpoint}: {model_name(model)} was cut off at an exit; expected a whole network.')
     return model, path
 
 

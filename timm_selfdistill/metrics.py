@@ -90,15 +90,19 @@ class ExitEvaluator(ClassificationEvaluator):
     The calibration error (Guo et al., ICML 2017, arXiv 1706.04599) is the mean distance between confidence and
     accuracy over equal bins of confidence, weighted by the images in a bin; reported in percent like the accuracies.
 
+    With 5 classes or fewer every label is among the top 5, so that no top-5 accuracy is given then.
+
     Args:
         device: Device of the running totals.
         bins: Number of confidence bins.
+        num_classes: Classes of the logits; found out from the first batch when None.
     """
 
     metric_names = (*ClassificationEvaluator.metric_names, 'ece')
 
-    def __init__(self, device: Optional[torch.device] = None, bins: int = 15):
+    def __init__(self, device: Optional[torch.device] = None, bins: int = 15, num_classes: Optional[int] = None):
         self.bins = bins
+        self.num_classes = num_classes
         super().__init__(device)
 
     def reset(self) -> None:
@@ -110,6 +114,7 @@ class ExitEvaluator(ClassificationEvaluator):
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
         """Add a batch: logits (N, num_classes) and labels (N,)."""
         super().update(output, target)
+        self.num_classes = output.shape[-1]
         confidence, prediction = output.detach().float().softmax(-1).max(-1)
         confidence = confidence.to(self.calibration.dtype)
         index = (confidence * self.bins).ceil().long().sub(1).clamp(0, self.bins - 1)
@@ -118,7 +123,10 @@ class ExitEvaluator(ClassificationEvaluator):
         self.calibration.index_add_(1, index, rows)
 
     def compute(self, distributed: bool = False) -> Dict[str, Any]:
-        """Return loss, top1, top5 and ece, and the integer counts behind them, over all processes."""
+        """Return loss, top1, top5 and ece, and the integer counts behind them, over all processes.
+
+        What is of the top 5 is None with 5 classes or fewer.
+        """
         totals, calibration = self.counts.clone(), self.calibration.clone()
         if distributed:
             dist.all_reduce(totals)
@@ -127,12 +135,14 @@ class ExitEvaluator(ClassificationEvaluator):
         metrics = super().compute(distributed)
         metrics['ece'] = 100 * ((correct - confidence).abs().sum() / calibration[0].sum().clamp(min=1)).item()
         metrics.update(zip(('count', 'top1_count', 'top5_count'), totals.tolist()))
+        if self.num_classes is not None and self.num_classes < 6:
+            metrics.update(top5=None, top5_count=None)
         return metrics
 
 
 def exit_names(model: MultiExit) -> List[str]:
-    """Name the exits for tables and columns, shallow to deep, the ensemble last."""
-    return [f'exit{i}' for i in range(model.num_exits)] + ['ensemble']
+    """Name the exits for tables and columns, shallow to deep, the ensemble last; a single exit makes no ensemble."""
+    return [f'exit{i}' for i in range(model.num_exits)] + ['ensemble'] * (model.num_exits > 1)
 
 
 @contextmanager
@@ -175,9 +185,10 @@ def evaluate_exits(
 
     Returns:
         By exit name (see `exit_names`): loss (mean negative log likelihood), top1, top5, ece in percent, and the
-        integer counts count, top1_count, top5_count.
+        integer counts count, top1_count, top5_count; those of the top 5 are None with 5 classes or fewer.
     """
-    evaluators = OrderedDict((name, ExitEvaluator(device)) for name in exit_names(model))
+    evaluators = OrderedDict(
+        (name, ExitEvaluator(device, num_classes=model.num_classes)) for name in exit_names(model))
     with eval_mode(model):
         for images, target in batches:
             images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)

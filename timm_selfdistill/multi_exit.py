@@ -10,7 +10,7 @@ from .heads import ExitHead, LinearHead, chain_logits, exit_head_kind, head_sett
 from .stages import ExitSpec, Stage, choose_exits, copy_model, count_macs, find_stages, take_taps
 from .wrapper import SUFFIX, BackboneWrapper, cfg_without_weights, model_name, names_tuple
 
-__all__ = ['MultiExit', 'add_exits']
+__all__ = ['MultiExit', 'add_exits', 'shown_name', 'without_exits']
 
 
 class MultiExit(BackboneWrapper):
@@ -277,3 +277,16 @@ def add_exits(
 ) -> MultiExit:
     """Give any timm model auxiliary exits; its weights stay as they are. See `MultiExit`."""
     return MultiExit(model, exits=exits, exit_head=exit_head, num_classes=num_classes)
+
+
+def without_exits(model: nn.Module) -> nn.Module:
+    """Return the plain timm model in a network without auxiliary exits; any other network as it is.
+
+    An encoder that got its classifier from `MultiExit` is no network without it.
+    """
+    return model.backbone if isinstance(model, MultiExit) and not model.exits and model.head is None else model
+
+
+def shown_name(model: nn.Module) -> str:
+    """Return what to call a network in tables and pictures: its architecture, timm's own where it has no exits."""
+    return model_name(without_exits(model))

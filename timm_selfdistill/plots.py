@@ -36,7 +36,7 @@ def plot_accuracy_against_compute(table: List[Dict[str, Any]], title: str, path:
         title: Title of the picture.
         path: File to write.
     """
-    *exits, ensemble = table
+    exits = [row for row in table if row['exit'] != 'ensemble']
     figure = Figure(figsize=(6.4, 4.2), layout='constrained')
     axes = figure.subplots()
     macs = [row['macs'] / 1e6 for row in exits]
@@ -53,6 +53,7 @@ def plot_accuracy_against_compute(table: List[Dict[str, Any]], title: str, path:
             fontsize=8,
         )
     if len(exits) > 1:
+        ensemble = table[-1]
         axes.plot(
             ensemble['macs'] / 1e6, ensemble['top1'], '*', color=_ENSEMBLE, markersize=12,
             label=f'ensemble, {ensemble["top1"]:.2f} %',

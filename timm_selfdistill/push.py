@@ -15,12 +15,13 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFo
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 from timm.data import resolve_data_config
 
-from .card import describe_run, public_settings, write_card, write_eval_results
+from .card import describe_run, write_card, write_eval_results
 from .config import ConfigError
 from .folders import is_complete
 from .hub import load_checkpoint, save_model
 from .latency import LATENCY_NAME, write_latency
 from .pretrained import given_organisation
+from .publishing import place_name, public_settings, public_text
 from .records import RECORD
 from .untrusted import CONFIG_NAME, WEIGHTS_NAME
 
@@ -170,6 +171,24 @@ def _automatic_name(folder: Path) -> str:
         return f'{_account()}/{run["architecture"]}.{re.sub("[^A-Za-z0-9_]", "_", words)}'
 
 
+def _reduce_places(path: Path) -> None:
+    """Take places on this machine out of a file that an older version or another program may have written there."""
+    if path.name not in (RECORD, 'early_exit.json'):
+        return
+    content = json.loads(path.read_text(encoding='utf-8'))
+    public = dict(content)
+    if 'dataset' in content:
+        public['dataset'] = place_name(content['dataset'], hub_id=True)
+    if path.name == RECORD:
+        public.update(
+            recipe=public_text(content['recipe'], nested=False),
+            network=public_text(content['network']),
+            settings=public_settings(content['settings']),
+        )
+    if public != content:
+        path.write_text(json.dumps(public, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
 def stage(
         folder: Union[str, Path],
         destination: Union[str, Path],
@@ -190,6 +209,8 @@ def stage(
         ConfigError: The run is not complete, its weights cannot be used, or it has no such exit.
     """
     folder, destination = Path(folder), Path(destination)
+    if dataset_id is not None and place_name(dataset_id, hub_id=True) != dataset_id:
+        raise ConfigError(f'--dataset {dataset_id}: expected the id of a data set on the Hub, as in uoft-cs/cifar100.')
     with _reading(folder):
         model, _ = load_checkpoint(str(folder))  # what cannot be loaded is not published
         if exit is None:
@@ -207,6 +228,7 @@ def stage(
         for name in (*_FIGURES, *(_RULE_FIGURES if exit is None else ())):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, destination / name)
+                _reduce_places(destination / name)
         settings = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
         text = yaml.safe_dump(public_settings(settings), sort_keys=False)
         (destination / 'args.yaml').write_text(text, encoding='utf-8')

@@ -13,7 +13,8 @@ import timm
 import torch
 from accelerate import Accelerator
 
-from .config import INCIDENTAL, TrainConfig
+from .config import TrainConfig
+from .publishing import place_name, public_settings, public_text
 from .version import __version__
 
 try:
@@ -24,9 +25,6 @@ except ImportError:  # Windows; there two runs that end at the same moment may c
 __all__ = ['RECORD', 'TimeSheet', 'append_record', 'exit_figures', 'make_record']
 
 RECORD = 'record.json'
-
-# Where things lie is nobody's business; the data are told by their name.
-_PLACES = {'data_dir', 'dataset'}
 
 
 def _commit() -> Optional[str]:
@@ -102,7 +100,8 @@ def exit_figures(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
         Of every exit, shallow to deep, `shares` (of the plain network's multiply-adds), `top1` and `ece` (percent), and
         `ensemble_top1` and `ensemble_ece`, None for a network of one exit.
     """
-    *exits, ensemble = rows
+    exits = [row for row in rows if row['exit'] != 'ensemble']
+    ensemble = rows[-1]
     return dict(
         shares=[round(row['share'], 4) for row in exits],
         top1=[round(row['top1'], 4) for row in exits],
@@ -137,23 +136,19 @@ def make_record(
         `shares` of the multiply-adds, `top1` and `ece` in percent; `ensemble_top1` and `ensemble_ece`, None with a
         single exit; `hours` from the first step to the last evaluation and training's `images_per_second`, None where
         sittings are not known; `hardware`, `precision`, versions and `commit`, of all sittings where they differ;
-        `finished`, the date (UTC); `settings`, all that the result depends on. Nothing in it names user, machine or
+        `finished`, the date (UTC); `settings`, see `publishing.public_settings`. Nothing in it names user, machine or
         folders.
     """
     known = sum(s['steps'] for s in sittings) == steps
     seconds, training = (sum(s[key] for s in sittings) for key in ('seconds', 'training'))
-    settings = {k: v for k, v in config.settings().items() if k not in INCIDENTAL | _PLACES}
-    if config.teacher is not None and Path(config.teacher).is_dir():
-        settings['teacher'] = Path(config.teacher).resolve().name
+    settings = public_settings(config.settings())
     where = ('hardware', 'precision', 'torch', 'timm', 'accelerate', 'timm_selfdistill', 'commit')
     return dict(
-        recipe=config.recipe or name,
-        network=config.model.removesuffix('_sd'),
-        dataset=Path(dataset).name,
+        recipe=public_text(config.recipe or name, nested=False),
+        network=settings['model'].removesuffix('_sd'),
+        dataset=place_name(dataset),
         part=part,
-        method=config.method,
-        seed=config.seed,
-        epochs=config.epochs,
+        **{key: settings[key] for key in ('method', 'seed', 'epochs')},
         **exit_figures(rows),
         hours=round(seconds / 3600, 4) if known else None,
         images_per_second=round(steps * config.batch_size / training, 1) if known and training else None,

@@ -23,7 +23,8 @@ def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
     )
     table.add_column('exit', no_wrap=True)
     table.add_column('after', no_wrap=True)
-    for column in ('params', 'MACs', 'share %', 'top-1 %', 'top-5 %', 'NLL', 'ECE %'):
+    top5 = rows[0]['top5'] is not None
+    for column in ('params', 'MACs', 'share %', 'top-1 %', *(('top-5 %',) if top5 else ()), 'NLL', 'ECE %'):
         table.add_column(column, justify='right', no_wrap=True)
     for row in rows:
         table.add_row(
@@ -33,7 +34,7 @@ def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
             f'{row["macs"] / 1e6:.1f}M',
             f'{100 * row["share"]:.1f}',
             f'{row["top1"]:.2f}',
-            f'{row["top5"]:.2f}',
+            *([f'{row["top5"]:.2f}'] if top5 else []),
             f'{row["loss"]:.4f}',
             f'{row["ece"]:.2f}',
         )
@@ -47,7 +48,7 @@ def render_generations(rows: List[Dict[str, Any]], title: str) -> Table:
         pad_edge=False, collapse_padding=True,
     )
     table.add_column('generation', justify='right', no_wrap=True)
-    names = [name for name in rows[0] if name.startswith('exit')] + ['ensemble', 'generations_ensemble']
+    names = [name for name in rows[0] if name.startswith('exit') or name in ('ensemble', 'generations_ensemble')]
     for name in [*names, 'teacher_agreement']:
         table.add_column(name.replace('_', ' '), justify='right')
     for row in rows:
@@ -132,10 +133,16 @@ class Reporter:
             split: str,
             seconds: float,
     ) -> None:
-        """Give an epoch its line."""
+        """Give an epoch its line.
+
+        The total loss may rise in a healthy run, as its weights change and the exits learn to follow, so the deepest
+        exit's cross entropy stands beside it.
+        """
+        deepest = [name for name in metrics if name != 'ensemble'][-1].replace('exit', 'ce')
+        beside = f' ({deepest} {terms[deepest]:.4f})' if deepest in terms else ''
         accuracies = '  '.join(f'{name} {values["top1"]:.2f}' for name, values in metrics.items())
         self.say(
-            f'epoch {epoch + 1:>{len(str(self.epochs))}}/{self.epochs}  loss {terms["loss"]:.4f}  '
+            f'epoch {epoch + 1:>{len(str(self.epochs))}}/{self.epochs}  loss {terms["loss"]:.4f}{beside}  '
             f'{split} top-1: {accuracies}  ({seconds:.1f} s)'
         )
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.utils import distribute_bn, random_seed, update_summary
+from timm.utils import distribute_bn, random_seed
 
 from .batches import readable
 from .build import LOOKAHEAD, build_model, build_task, check_optimizer, check_slices
@@ -22,12 +22,12 @@ from .checkpoints import CheckpointError, Checkpoints, os_error_behind
 from .config import ConfigError, TrainConfig, nearest
 from .cpu import keep_freed_memory, use_all_cores
 from .data import DataError, ImageSplit
-from .folders import create_folder, keep_rows
+from .folders import add_row, create_folder, keep_rows
 from .hub import save_model
 from .loaders import Loaders, leave_out_unreadable, open_data
 from .meters import NonFiniteLossError, TermMeter
 from .metrics import evaluate_exits, exit_costs, exit_names
-from .multi_exit import MultiExit
+from .multi_exit import MultiExit, without_exits
 from .records import TimeSheet
 from .report import Reporter
 from .signals import Preempted, StopSignals
@@ -46,10 +46,11 @@ _STOP, _SAVE = 1, 2
 
 def _summary_metrics(model: MultiExit, metrics: Dict[str, Dict[str, Any]]) -> 'OrderedDict[str, float]':
     """Flatten metrics into columns: timm's own for the deepest exit, then every exit's and the ensemble's."""
-    *_, deepest, _ = exit_names(model)
-    columns = OrderedDict((key, metrics[deepest][key]) for key in ('loss', 'top1', 'top5'))
+    deepest = metrics[exit_names(model)[model.num_exits - 1]]
+    columns = OrderedDict((key, deepest[key]) for key in ('loss', 'top1', 'top5') if deepest[key] is not None)
     for name, values in metrics.items():
-        columns.update((f'{name}_{key}', values[key]) for key in ('top1', 'top5', 'loss', 'ece'))
+        columns.update(
+            (f'{name}_{key}', values[key]) for key in ('top1', 'top5', 'loss', 'ece') if values[key] is not None)
     return columns
 
 
@@ -209,6 +210,11 @@ class Run:
     def model(self) -> MultiExit:
         """The network as it would be saved now: the moving average where there is one."""
         return self.task.get_eval_model(ema=self.task.has_ema())
+
+    @property
+    def network(self) -> nn.Module:
+        """What is saved of the model: timm's plain network where the method has no auxiliary exits."""
+        return self.model if self.config.has_exits else without_exits(self.model)
 
     def train_batch(self, images: torch.Tensor, target: torch.Tensor) -> bool:
         """Learn from a batch, (N, C, H, W) and (N,); return whether that made an optimizer step complete.
@@ -406,12 +412,13 @@ class Run:
         weights = None
         if is_sharded(self.accelerator):
             whole = whole_weights(self.task, self.accelerator)
-            weights = {k.removeprefix('model.'): v for k, v in whole.items() if k.startswith('model.')}
+            prefix = 'model.' if self.network is self.model else 'model.backbone.'
+            weights = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
         if not self.accelerator.is_main_process:
             return
         for folder in (self.folder, self.folder / 'best')[:1 + best]:
             try:
-                save_model(self.model, folder, self.data_config, self.data.label_names, weights)
+                save_model(self.network, folder, self.data_config, self.data.label_names, weights)
             except (OSError, SafetensorError) as e:
                 reason = os_error_behind(e)
                 raise CheckpointError(
@@ -428,7 +435,8 @@ class Run:
             summary = self.folder / 'summary.csv'
             keep_rows(summary, self.unwritten[0][0])  # a line may have been cut short
             for epoch, terms, columns, rate in self.unwritten:
-                update_summary(epoch, terms, columns, summary, lr=rate)
+                row = {f'train_{k}': v for k, v in terms.items()} | {f'eval_{k}': v for k, v in columns.items()}
+                add_row(summary, dict(epoch=epoch, **row, lr=rate))
         self.unwritten = []
 
     def end_epoch(self, terms: Dict[str, float], metrics: Dict[str, Dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from .latency import write_latency
 from .meters import NonFiniteLossError
 from .metrics import exit_table
 from .plots import plot_accuracy_against_compute
+from .publishing import public_settings
 from .push import HubError, check_destination, push_to_hub
 from .records import RECORD, append_record, make_record
 from .report import Reporter
@@ -26,6 +27,7 @@ from .run import Run
 from .signals import Preempted, StopSignals
 from .state import is_sharded
 from .trackers import start_trackers
+from .wrapper import model_name
 
 __all__ = ['close', 'create_accelerator', 'file_record', 'on_main', 'push_run', 'train']
 
@@ -167,7 +169,7 @@ def file_record(config: TrainConfig, folder: Path, reporter: Reporter) -> None:
 def _train(run: Run) -> None:
     config, accelerator, reporter = run.config, run.accelerator, run.reporter
     watched = run.data.validation or run.data.test
-    architecture = run.model.pretrained_cfg['architecture']
+    architecture = model_name(run.network)
     reporter.start(run.folder, run.data, run.data_config, run.costs, architecture, accelerator)
     if config.resume is not None:
         run.resume()
@@ -178,7 +180,7 @@ def _train(run: Run) -> None:
     if run.steps == 0:
         run.save()
     if config.report_to:
-        start_trackers(accelerator, config.report_to, run.folder, config.settings(), run.epoch)
+        start_trackers(accelerator, config.report_to, run.folder, public_settings(config.settings()), run.epoch)
     metrics = None
     try:
         while run.epoch < config.epochs:
@@ -209,7 +211,7 @@ def _train(run: Run) -> None:
 def _finish(run: Run, watched: ImageSplit, metrics: Dict[str, Dict[str, Any]]) -> None:
     """Write what describes the last epoch's weights; those have been measured on the watched part already."""
     results = OrderedDict()
-    architecture = run.model.pretrained_cfg['architecture']
+    architecture = model_name(run.network)
     for name, split in run.data.parts().items():
         if name != 'train':
             measured = metrics if split is watched else run.evaluate(split)

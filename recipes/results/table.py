@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 import tyro
 from matplotlib.figure import Figure
 
-from timm_selfdistill.config import INCIDENTAL, ConfigError, parse_train_config
+from timm_selfdistill.config import INCIDENTAL, PLACES, ConfigError, parse_train_config
 from timm_selfdistill.launch import run_command
 
 HERE = Path(__file__).parent
@@ -47,7 +47,7 @@ TEACHING = {
 RECIPES = ('', '_later', '_best')
 METHODS = ('plain', 'deep_supervision', 'byot')
 COLUMNS = (
-    'recipe', 'runs', 'exit 1', 'exit 2', 'exit 3', 'deepest', 'ensemble', 'deepest, gain', 'ensemble, gain',
+    'recipe', 'runs', 'exit 0', 'exit 1', 'exit 2', 'deepest', 'ensemble', 'deepest, gain', 'ensemble, gain',
     'ECE, deepest', 'hours', 'images/s',
 )
 
@@ -84,7 +84,7 @@ def read_runs(path: Path) -> Dict[str, List[Row]]:
         if twice:
             raise ConfigError(f'--results {path}: {recipe} has several lines with seed {twice[0]}; keep one of them.')
         for row in rows[1:]:
-            differ = _differences(rows[0]['settings'], row['settings'], {'seed', 'teacher'})
+            differ = _differences(rows[0]['settings'], row['settings'], {*PLACES, 'seed'})
             if differ:
                 raise ConfigError(
                     f'--results {path}: runs of {recipe} are not of one recipe: {differ[0]}. Keep them in two files.')
@@ -115,7 +115,7 @@ def changed_settings(recipe: str, rows: Sequence[Row]) -> List[str]:
     name, _, generation = recipe.partition('/')
     if not (ROWS / f'{name}.yaml').exists():
         return []
-    without = {*INCIDENTAL, 'data_dir', 'dataset', 'seed', 'teacher'}
+    without = {*INCIDENTAL, *PLACES, 'seed'}
     if generation:  # a generation's own settings
         without |= {'generations', 'patriarch', 'eta', 'label_weight', 'teacher_temperature'}
     return _differences(_settings_of(name), rows[0]['settings'], without)
@@ -126,7 +126,7 @@ def baseline_of(rows: Sequence[Row], runs: Dict[str, List[Row]]) -> Optional[Lis
     for others in runs.values():
         settings = others[0]['settings']
         plain = (settings['method'], settings['patriarch'], settings['teacher']) == ('plain', 'plain', None)
-        same = not _differences(settings, rows[0]['settings'], TEACHING)
+        same = not _differences(settings, rows[0]['settings'], TEACHING | PLACES)
         if plain and same and all(others[0][key] == rows[0][key] for key in ('network', 'dataset', 'part')):
             return others
     return None
@@ -278,12 +278,12 @@ def _draw_exits(axes: Any, network: str, own: Dict[str, List[Row]]) -> None:
             axes.axhspan(mean - spread, mean + spread, color=colours[recipe], alpha=0.15, linewidth=0)
             continue
         values.append([row['ensemble_top1'] for row in rows])
-        x = [*range(most - len(values) + 1, most), most]
+        x = [*range(len(values) - 2), most - 1, most]
         axes.errorbar(
             x, [_mean(v) for v in values], [_spread(v) or 0. for v in values], fmt='o-', color=colours[recipe],
             linewidth=1.2, markersize=4, capsize=2, label=label,
         )
-    axes.set_xticks(range(most + 1), [*(f'exit {i + 1}' for i in range(most - 1)), 'deepest', 'ensemble'], fontsize=8)
+    axes.set_xticks(range(most + 1), [*(f'exit {i}' for i in range(most - 1)), 'deepest', 'ensemble'], fontsize=8)
 
 
 def _draw_generations(axes: Any, network: str, own: Dict[str, List[Row]]) -> None:
