@@ -150,6 +150,7 @@ def earlyon(
     names = exit_names(model)[:model.num_exits - 1]
     deepest = len(names)
     places = zip(names, cuts, model.exits)
+    grids = predictor._run.grids(*input_size)
     config = EarlyExitConfig(
         'own', model.num_classes,
         [ExitPoint(name, f'backbone.{cut.module}', model.stages[i].num_chs) for name, cut, i in places],
@@ -159,7 +160,8 @@ def earlyon(
     )
     wrapper = EarlyExitWrapper(
         model, dict(zip(names, model.exit_heads)), nn.Identity(), config, (1, *input_size),
-        {name: lambda output, cut=cut: cut.read(output, *input_size[1:]) for name, cut in zip(names, cuts)},
+        {name: lambda output, i=i, cut=cut: cut.read(output, grids.get(i))
+         for i, (name, cut) in enumerate(zip(names, cuts))},
     ).eval()
 
     def run(images: torch.Tensor) -> Any:

@@ -3,9 +3,11 @@ import math
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from numbers import Real
+from reprlib import repr as shortened
 from statistics import median
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -18,13 +20,68 @@ from .stages import count_macs, meta_probe, take_taps
 __all__ = [
     'MS', 'SHARE', 'Calibration', 'Candidate', 'RunCosts', 'check_aim', 'check_targets', 'choose_point',
     'compute_costs', 'exit_curve', 'fit_temperature', 'fit_temperatures', 'measure_costs', 'measure_thresholds',
-    'pareto', 'single_exits', 'time_parts', 'timed_costs',
+    'pareto', 'read_batch', 'single_exits', 'time_parts', 'timed_costs',
 ]
 
 SHARE = "share of the plain network's multiply-adds"
 MS = 'ms'
 
 Candidate = Tuple[str, Tuple[Optional[float], ...]]
+
+# What people call images and labels in batches that are dicts.
+_IMAGES = ('pixel_values', 'image', 'images', 'img')
+_LABELS = ('labels', 'label', 'targets', 'target')
+
+
+def read_batch(batch: Any, num_classes: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Read images and labels from what a loader gives.
+
+    Args:
+        batch: Images and labels as a tuple or a list, or as a dict such as those of Hugging Face's data sets. Labels
+            are whole numbers (N,) of any type, or one-hot (N, num_classes); both may be NumPy's.
+        num_classes: Classes of the network.
+
+    Returns:
+        The images as they are, and labels (N,), int64.
+
+    Raises:
+        ValueError: The batch holds something else, or labels that the network does not know.
+    """
+    if isinstance(batch, Mapping):
+        found = [[name for name in names if name in batch] for names in (_IMAGES, _LABELS)]
+        if list(map(len, found)) != [1, 1]:
+            raise ValueError(
+                f'A batch with the keys {", ".join(map(repr, batch))}: expected one of {", ".join(_IMAGES)} and one of '
+                f'{", ".join(_LABELS)}, or a pair of images and labels.'
+            )
+        batch = [batch[name] for name, in found]
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        count = f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''
+        raise ValueError(f'A batch is a {type(batch).__name__}{count}: expected images and labels, or a dict of both.')
+    images, labels = (torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in batch)
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f'Images in a {type(images).__name__}: expected a tensor (N, C, H, W).')
+    try:
+        target = torch.as_tensor(labels).double()  # which holds any class, and compares where uint16 does not
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f'Labels {shortened(labels)}: expected whole numbers (N,): {error}') from error
+    if target.shape == (len(images), num_classes) and num_classes > 1:
+        if not (((target == 0) | (target == 1)).all() and (target.sum(1) == 1).all()):
+            raise ValueError(
+                f'Labels of shape {tuple(target.shape)} that are not one-hot: a calibration needs the one class of '
+                f'each image. Give whole numbers (N,), and leave out Mixup and label smoothing.'
+            )
+        target = target.argmax(1)
+    if target.shape != (len(images),):
+        raise ValueError(
+            f'{len(images)} images with labels of shape {tuple(target.shape)}: expected one label each, '
+            f'({len(images)},), or one-hot, ({len(images)}, {num_classes}).'
+        )
+    odd = target[target != target.floor()]
+    if len(odd):
+        raise ValueError(f'Label {odd[0].item()!r}: expected whole numbers from 0 to {num_classes - 1}.')
+    check_targets(target.long(), num_classes)
+    return images, target.long()
 
 
 def check_targets(target: torch.Tensor, num_classes: int) -> None:

@@ -1,16 +1,15 @@
 """Runs a multi-exit network in such a way that images leave the batch on the way."""
-import math
-import threading
 from collections import Counter
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Callable, List, Literal, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Literal, Optional, Protocol, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from timm.models import get_model_input_config
 
 from .multi_exit import MultiExit
-from .stages import copy_model, meta_copy, take_taps
+from .stages import copy_model, forget_caches, meta_copy, take_taps
 from .wrapper import model_name, times
 
 __all__ = ['AtExit', 'CompactingRun', 'choose_run', 'randomise', 'small_size']
@@ -18,6 +17,10 @@ __all__ = ['AtExit', 'CompactingRun', 'choose_run', 'randomise', 'small_size']
 # Called with the number of an exit and the logits of the images that came there. Returns the rows of those that go on,
 # None for all of them; nothing at the deepest exit.
 AtExit = Callable[[int, torch.Tensor], Optional[torch.Tensor]]
+
+Grid = Tuple[int, int]  # height and width of a map
+
+_MOST_SIZES = 1024  # of images, whose grids are remembered
 
 
 class CompactingRun(Protocol):
@@ -59,27 +62,78 @@ class _Cut:
     layout: str
     prefix: int = 0
 
-    def read(self, output: Any, height: int, width: int) -> torch.Tensor:
-        """Return the map (N, C, h, w) in a module's output, of images of this height and width."""
+    def read(self, output: Any, grid: Optional[Grid]) -> torch.Tensor:
+        """Return the map (N, C, h, w) in a module's output.
+
+        Args:
+            output: What the module returned.
+            grid: Height and width of the map, which nothing in a row of tokens tells; None for a map that has them.
+        """
         x = output if self.position is None else output[self.position]
         if self.layout == 'NCHW':
             return x
         if self.layout == 'NHWC':
             return x.permute(0, 3, 1, 2)
-        tokens = x.shape[1] - self.prefix
-        rows = max(1, round(math.sqrt(tokens * height / width)))
-        return x[:, self.prefix:].transpose(1, 2).unflatten(2, (rows, tokens // rows))
+        return x[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
 
 
 class _NoneLeft(Exception):
     """Stops a forward pass."""
 
 
+@dataclass
+class _Call:
+    """A batch on its way through a network, of which hooks on modules know.
+
+    Attributes:
+        at_exit: Decides who goes on.
+        wanted: For each exit whether it has to be called there.
+        grids: Height and width of each auxiliary exit's map, {} where none has to be known.
+        logits: Those of the exit before, of the images that went on.
+    """
+    at_exit: AtExit
+    wanted: Sequence[bool]
+    grids: Dict[int, Grid]
+    logits: Optional[torch.Tensor] = None
+
+
+# Each thread has its own; without one hooks do nothing.
+_call: ContextVar[Optional[_Call]] = ContextVar('_call', default=None)
+
+
+@dataclass
+class _Leave:
+    """A hook that takes images out of the batch behind a module.
+
+    Attributes:
+        number: Number of the exit.
+        cut: The module, and how the map lies in its output.
+        head: The exit's head.
+    """
+    number: int
+    cut: _Cut
+    head: nn.Module
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        call = _call.get()
+        if call is None or not call.wanted[self.number]:
+            return None
+        tap = self.cut.read(output, call.grids.get(self.number))
+        logits = self.head.forward_head(self.head.forward_features(tap), call.logits)
+        rows = call.at_exit(self.number, logits)
+        call.logits = logits if rows is None else logits[rows]
+        if rows is None:
+            return None
+        if not len(rows):
+            raise _NoneLeft
+        return _take_rows(output, rows, len(tap))
+
+
 class _HookedRun:
     """Takes images out of the batch by hooks on the modules whose outputs the exit heads take.
 
     Args:
-        model: The network.
+        model: The network, which nobody else runs; it is given the hooks.
         cuts: One for each auxiliary exit.
     """
 
@@ -89,37 +143,49 @@ class _HookedRun:
     def __init__(self, model: MultiExit, cuts: Sequence[_Cut]):
         self.model = model
         self.cuts = cuts
+        self._grids: Dict[Grid, Dict[int, Grid]] = {}
+        self._probe = meta_copy(model) if any(cut.layout == 'NLC' for cut in cuts) else None
+        self._hooks = [
+            model.backbone.get_submodule(cut.module).register_forward_hook(_Leave(number, cut, head))
+            for number, (cut, head) in enumerate(zip(cuts, model.exit_heads))
+        ]
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def grids(self, channels: int, height: int, width: int) -> Dict[int, Grid]:
+        """Ask the network for height and width of each auxiliary exit's map of such images.
+
+        Returns:
+            By the number of the exit; nothing where all modules put out maps that have them.
+        """
+        if self._probe is None:
+            return {}
+        found = self._grids.get((height, width))
+        if found is None:
+            like = next(self._probe.parameters())
+            images = torch.empty(1, channels, height, width, device='meta', dtype=like.dtype)
+            try:
+                taps = take_taps(self._probe.backbone, images, self._probe.exits)
+            except (AssertionError, RuntimeError) as error:
+                self.model.explain_refusal(images, error)
+                raise
+            found = {number: tuple(tap.shape[-2:]) for number, tap in enumerate(taps)}
+            if len(self._grids) >= _MOST_SIZES:
+                self._grids.clear()
+            self._grids[height, width] = found
+        return found
 
     def __call__(self, images: torch.Tensor, at_exit: AtExit, wanted: Sequence[bool]) -> None:
-        thread = threading.get_ident()
-        previous: List[torch.Tensor] = []
-
-        def hook_for(number: int, cut: _Cut, head: nn.Module) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: Any, output: Any) -> Any:
-                if threading.get_ident() != thread:  # another thread runs the same network
-                    return None
-                tap = cut.read(output, *images.shape[-2:])
-                logits = head.forward_head(head.forward_features(tap), previous[-1] if previous else None)
-                rows = at_exit(number, logits)
-                previous[:] = [logits if rows is None else logits[rows]]
-                if rows is None:
-                    return None
-                if not len(rows):
-                    raise _NoneLeft
-                return _take_rows(output, rows, len(tap))
-            return hook
-
-        handles = [
-            self.model.backbone.get_submodule(cut.module).register_forward_hook(hook_for(number, cut, head))
-            for number, (cut, head) in enumerate(zip(self.cuts, self.model.exit_heads)) if wanted[number]
-        ]
+        call = _Call(at_exit, wanted, self.grids(*images.shape[1:]))
+        before = _call.set(call)
         try:
-            logits = self.model.forward(images)  # not a compiled one, in which hooks would not run
+            logits = self.model.forward(images)
         except _NoneLeft:
             return
         finally:
-            for handle in handles:
-                handle.remove()
+            _call.reset(before)
         at_exit(len(self.cuts), logits)
 
 
@@ -144,13 +210,18 @@ def _items(output: Any) -> List[Tuple[Optional[int], torch.Tensor]]:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module) -> None:
-    """Give a network weights with which every layer changes what passes it; many a fresh one begins as an identity."""
+def randomise(model: nn.Module, generator: Optional[torch.Generator] = None) -> None:
+    """Give a network weights with which every layer changes what passes it; many a fresh one begins as an identity.
+
+    Args:
+        model: The network.
+        generator: Draws them; torch's own when None.
+    """
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=(2 / max(1, parameter[0].numel())) ** 0.5)
+            nn.init.normal_(parameter, std=(2 / max(1, parameter[0].numel())) ** 0.5, generator=generator)
         else:
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+            parameter.add_(torch.empty_like(parameter).normal_(generator=generator), alpha=0.02)
 
 
 def _candidates(probe: MultiExit, images: torch.Tensor) -> List[List[_Cut]]:
@@ -169,7 +240,7 @@ def _candidates(probe: MultiExit, images: torch.Tensor) -> List[List[_Cut]]:
                         if item.ndim != ndim or item.numel() < tap.numel() or prefix < 0:
                             continue
                         cut = _Cut(name, position, layout, prefix)
-                        seen = cut.read(output, *images.shape[-2:])
+                        seen = cut.read(output, tap.shape[-2:])
                         if seen.shape == tap.shape and torch.allclose(seen, tap, rtol=1e-4, atol=1e-6):
                             cuts.insert(0, cut)
                             break
@@ -184,18 +255,21 @@ def _candidates(probe: MultiExit, images: torch.Tensor) -> List[List[_Cut]]:
     return [[cut for cut in cuts if calls[cut.module] == 1] for cuts in found]
 
 
-def _find_cuts(model: MultiExit) -> Optional[List[_Cut]]:
+def _find_cuts(
+        probe: MultiExit,
+        images: torch.Tensor,
+        expected: Sequence[torch.Tensor],
+) -> Optional[List[_Cut]]:
     """Find modules after which images can be taken out of the batch; None if the network cannot do with fewer there.
 
-    Everything is tried on a copy with random weights: which module makes a map is found by comparing outputs. Deep down
-    random networks may hardly tell images apart; where rounding hides it, as TF32 may on a GPU, the copy is run in
-    double precision.
+    Which module makes a map is found by comparing outputs. Deep down random networks may hardly tell images apart;
+    where rounding hides it, as TF32 may on a GPU, they are run in double precision.
+
+    Args:
+        probe: A copy of the network with random weights.
+        images: Images (N, C, H, W) for it.
+        expected: Their logits at every exit, each (N, num_classes).
     """
-    device = next(model.parameters()).device
-    probe = copy_model(model).eval().to('cpu' if device.type == 'mps' else device, torch.float)
-    randomise(probe)
-    images = torch.randn(max(3, model.num_exits), *small_size(model)).to(next(probe.parameters()))
-    expected = probe.forward_exits(images)
     noise = 1e-5
     if images.is_cuda or any(_spread(logits) < 100 * noise * logits.abs().max() for logits in expected):
         probe, images, noise = probe.double(), images.double(), 1e-9
@@ -205,7 +279,10 @@ def _find_cuts(model: MultiExit) -> Optional[List[_Cut]]:
         return None
     for choice in range(max(map(len, candidates))):
         cuts = [options[min(choice, len(options) - 1)] for options in candidates]
-        if _agrees(_HookedRun(probe, cuts), images, expected, noise):
+        run = _HookedRun(probe, cuts)
+        agrees = _agrees(run, images, expected, noise)
+        run.remove_hooks()
+        if agrees:
             return cuts
     return None
 
@@ -326,19 +403,30 @@ def small_size(model: MultiExit) -> Tuple[int, ...]:
 def choose_run(model: MultiExit) -> CompactingRun:
     """Find by probing how images can leave a network on the way.
 
+    Everything is tried on a copy with random weights.
+
     Args:
-        model: The network, in eval mode.
+        model: The network, in eval mode. It is given hooks, and keeps nothing any more that depends on its weights, so
+            it has to be one that nobody else runs, such as `eval_view` gives.
     """
     if not model.exits:
         return _HookedRun(model, [])
     like = next(model.parameters())
-    with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
-        torch.manual_seed(0)
-        cuts = _find_cuts(model)
-        if cuts is not None:
-            return _HookedRun(model, cuts)
-        images = torch.randn(max(3, model.num_exits), *get_model_input_config(model)['input_size']).to(like)
+    device = torch.device('cpu') if like.device.type == 'mps' else like.device
+    probe = copy_model(model).to(device, torch.float)
+    generator = torch.Generator(device).manual_seed(0)
+    randomise(probe, generator)
+    count = max(3, model.num_exits)
+    images = torch.randn(count, *small_size(model), generator=generator, device=device)
+    expected = probe.forward_exits(images)
+    forget_caches(model, probe)
+    cuts = _find_cuts(probe, images, expected)
+    if cuts is not None:
+        return _HookedRun(model, cuts)
+    del probe
     from .segments import SplitError
+    size = get_model_input_config(model)['input_size']
+    images = torch.randn(count, *size, generator=generator, device=device).to(like)
     try:
         run = _SegmentedRun(model, images)
     except SplitError as error:

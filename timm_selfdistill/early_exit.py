@@ -1,32 +1,38 @@
 """EarlyExit: runs each image only as deep as it needs."""
 import hashlib
 import logging
+import threading
 from dataclasses import dataclass, replace
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
+import torch.nn as nn
+from timm.utils import unwrap_model
 
 from .calibration import (
     Calibration,
     check_aim,
-    check_targets,
     choose_point,
     compute_costs,
     exit_curve,
     fit_temperatures,
     measure_costs,
+    read_batch,
 )
 from .compaction import CompactingRun, choose_run
 from .exit_rule import ExitRule, Thresholds, follow_rule
-from .metrics import ExitEvaluator, collect_logits, eval_mode
+from .metrics import ExitEvaluator, collect_logits
 from .multi_exit import MultiExit
+from .stages import eval_view
 from .wrapper import model_name
 
 __all__ = ['EarlyExit', 'EarlyExitOutput']
 
 _logger = logging.getLogger(__name__)
 
-Batches = Iterable[Tuple[torch.Tensor, torch.Tensor]]
+Batches = Iterable[Any]
+
+_making_ready = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,8 @@ class EarlyExitOutput:
     """What became of a batch, in the order in which the images came.
 
     Attributes:
-        logits: Logits of the exit that each image took (N, num_classes), or the mean of those up to there.
+        logits: Logits of the exit that each image took (N, num_classes), or the mean of those up to there; float32
+            where the network computes in half precision.
         exit_index: Number of this exit (N,).
         temperatures: Its temperature (N,).
     """
@@ -48,6 +55,34 @@ class EarlyExitOutput:
         return (self.logits / self.temperatures[:, None]).softmax(-1)
 
 
+class _Ready:
+    """A view of a network in eval mode, and a way to run it, which nobody else runs.
+
+    Args:
+        model: The network; neither it nor its mode is touched.
+    """
+
+    def __init__(self, model: MultiExit):
+        self.view = eval_view(model)
+        self.run: CompactingRun = choose_run(self.view)
+        self.stages = model.stages
+        self.children = [(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules]
+        # graphs hold tensors and are made for one precision; whatever else runs finds those that the network has now
+        held = [named for m in model.modules() for named in (m._parameters, m._buffers)]
+        graphs = self.run.kind == 'graphs'
+        self.tensors = [(named, name, tensor) for named in held for name, tensor in named.items()] if graphs else []
+        self.kind = _kind(model) if graphs else None
+
+    def fits(self, model: MultiExit) -> bool:
+        """Say whether the network still has the modules that it had."""
+        return (
+            self.stages is model.stages
+            and all(tuple(now.values()) == children for now, children in self.children)
+            and all(named.get(name) is tensor for named, name, tensor in self.tensors)
+            and self.kind in (None, _kind(model))
+        )
+
+
 class EarlyExit:
     """Runs each image only as deep as it needs.
 
@@ -57,8 +92,13 @@ class EarlyExit:
     passes that place too, the network is cut into graphs, which takes some seconds here and ties it to the size of
     images it was built for. Where that fails, whole batches run to the end; `repr` says so.
 
+    What runs is always the network in eval mode, in whatever mode it is, by a view of its own that shares parameters
+    and buffers. So any number of threads may call it, also while the network is trained; hooks on its modules are
+    called if they were there before the predictor.
+
     Args:
-        model: The network. It is held, not copied.
+        model: The network. It is held, not copied. What torch.compile or DistributedDataParallel put around it is taken
+            off: images leave between its modules, which are not compiled here.
         thresholds: Where an image is sure enough, see `ExitRule`. When this and all that follows are left out, the rule
             that came with the model (`model.early_exit`) is taken; if it has none, no image leaves early.
         criterion: What the thresholds are compared with, one of `CRITERIA`.
@@ -81,6 +121,7 @@ class EarlyExit:
             temperatures: Optional[Sequence[float]] = None,
             ensemble: bool = False,
     ):
+        model = unwrap_model(model)
         if not isinstance(model, MultiExit):
             raise ValueError(f'{model_name(model)} has no exits to leave at: expected a model such as resnet50_sd.')
         self.model = model
@@ -90,11 +131,9 @@ class EarlyExit:
         else:
             self.rule = ExitRule(
                 model.num_exits, model.num_classes, thresholds, criterion, temperatures, ensemble)
-        with eval_mode(model):
-            self._run: CompactingRun = choose_run(model)
+        self._ready = _Ready(model)
         if not self.compacts:
             _logger.warning(f'{model_name(model)}: {self._run.how}')
-        self._made_for = self._kind()
         self._calibrated_on: Set[bytes] = set()
 
     def __repr__(self) -> str:
@@ -114,9 +153,34 @@ class EarlyExit:
         """Whether images that leave are spared the rest of the network."""
         return self._run.kind != 'whole'
 
-    def _kind(self) -> Tuple[torch.device, torch.dtype]:
-        like = next(self.model.parameters())
-        return like.device, like.dtype
+    @property
+    def _run(self) -> CompactingRun:
+        return self._ready.run
+
+    def _make_ready(self) -> _Ready:
+        """Return how to run the network as it is now.
+
+        Raises:
+            ValueError: It has other exits or classes than the rule was made for.
+        """
+        ready = self._ready
+        if not ready.fits(self.model):
+            now, then = (self.model.num_exits, self.model.num_classes), (self.rule.num_exits, self.rule.num_classes)
+            if now != then:
+                raise ValueError(
+                    f'{model_name(self.model)} has {now[0]} exits and {now[1]} classes now, the rule was made for '
+                    f'{then[0]} and {then[1]}: make a new EarlyExit.'
+                )
+            with _making_ready:
+                if not self._ready.fits(self.model):
+                    self._ready = _Ready(self.model)
+                ready = self._ready
+        return ready
+
+    def _put(self, images: torch.Tensor) -> torch.Tensor:
+        """Move images where the model is, in its precision."""
+        device, dtype = _kind(self.model)
+        return _check_images(images).to(device, dtype, non_blocking=True)
 
     def __call__(self, images: torch.Tensor) -> EarlyExitOutput:
         return self.run(images)
@@ -126,23 +190,15 @@ class EarlyExit:
         """Classify images, each by the first exit that is sure of it.
 
         Args:
-            images: Images (N, C, H, W), preprocessed, where the model is. It is run in eval mode and left in the mode
-                it was in.
+            images: Images (N, C, H, W), preprocessed, where the model is; they are taken to its precision. The model
+                may be in any mode, which is of no account and stays.
 
         Raises:
             ValueError: There are no images, they are no floating point tensor of this shape or not of a size that the
-                network takes, or some hold NaN.
+                network takes, some hold NaN, or the network has other exits or classes by now.
         """
-        if images.ndim != 4 or not len(images):
-            raise ValueError(f'images of shape {tuple(images.shape)}: expected (N, C, H, W) with one image or more.')
-        if not images.is_floating_point():
-            raise ValueError(
-                f'images of {images.dtype}: expected floating point, as timm.data.create_transform() makes them.')
-        if self.model.training:
-            with eval_mode(self.model):
-                return self.run(images)
-        if self._run.kind == 'graphs' and self._made_for != self._kind():
-            self._run, self._made_for = choose_run(self.model), self._kind()
+        images = _check_images(images).to(_kind(self.model)[1])
+        run = self._make_ready().run
         rule, heads = self.rule, self.model.exit_heads
         here: Optional[torch.Tensor] = None  # rows of the images that are still in the batch, None for all
         memory: Dict[str, torch.Tensor] = {}
@@ -167,7 +223,7 @@ class EarlyExit:
 
         # a head whose logits the next one takes runs in any case
         wanted = [rule.asks(i) or any(h.takes_logits for h in heads[i + 1:]) for i in range(rule.num_exits)]
-        self._run(images, at_exit, wanted)
+        run(images, at_exit, wanted)
         if taken.isnan().any():
             self._explain_nan(images, taken)
         return EarlyExitOutput(taken, exits, taken.new_tensor(rule.temperatures)[exits])
@@ -210,7 +266,8 @@ class EarlyExit:
         the model (`model.early_exit`), so that it is saved with it.
 
         Args:
-            loader: Images (N, C, H, W) and labels (N,) that neither training nor testing has to do with.
+            loader: Images (N, C, H, W) and labels (N,) that neither training nor testing has to do with, as pairs or
+                dicts, see `read_batch`.
             budget: Multiply-adds that an image may take in the mean, as a share of the plain network's. The most
                 accurate thresholds within it are chosen.
             accuracy_drop: Percentage points of top-1 accuracy that may be lost against running everything to the end:
@@ -223,30 +280,31 @@ class EarlyExit:
             The rule, what it comes to on these data, and the whole curve of accuracy over cost.
 
         Raises:
-            ValueError: Not exactly one of the three is given, no thresholds reach it, there are no images, or some are
-                of classes that the network does not know. Nothing is changed then.
+            ValueError: Not exactly one of the three is given, no thresholds reach it, there are no images, some are of
+                classes that the network does not know, or a batch cannot be read. Nothing is changed then.
         """
         check_aim(budget, accuracy_drop, latency)  # before all the work
         seen: Set[bytes] = set()
         first: List[torch.Tensor] = []
 
         def checked() -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-            for images, target in loader:
-                check_targets(target, self.rule.num_classes)
-                first[:] = first or [images]
+            for batch in loader:
+                images, target = read_batch(batch, self.rule.num_classes)
                 seen.update(_digests(images))
+                images = self._put(images)
+                first[:] = first or [images]
                 yield images, target
             if not first:
                 raise ValueError('There are no images.')
 
-        device = self._kind()[0]
-        logits, target = collect_logits(self.model, checked(), device)
+        view = self._make_ready().view
+        logits, target = collect_logits(view, checked())
         temperatures = fit_temperatures(logits, target, self.rule.ensemble)
         rule = replace(self.rule, thresholds=None, temperatures=temperatures)
         if latency is None:
-            costs = compute_costs(self.model, tuple(first[0].shape[1:]))
+            costs = compute_costs(view, tuple(first[0].shape[1:]))
         else:
-            costs = measure_costs(self.model, first[0].to(device))
+            costs = measure_costs(view, first[0])
         curve = exit_curve(rule, logits, target, costs)
         point = choose_point(curve, budget, accuracy_drop, latency)
         self.rule = replace(rule, thresholds=point['thresholds'])
@@ -258,7 +316,7 @@ class EarlyExit:
         """Measure accuracy and cost by running images.
 
         Args:
-            loader: Images (N, C, H, W) and labels (N,).
+            loader: Images (N, C, H, W) and labels (N,), as `calibrate` takes them.
 
         Returns:
             loss, top1, top5 and ece as of `metrics.ExitEvaluator`, with the temperatures applied; `count`; `cost`, the
@@ -267,17 +325,18 @@ class EarlyExit:
 
         Raises:
             ValueError: The thresholds were calibrated on these images (more than 1 % of them; public test sets do hold
-                images of their training sets), there are none, or some are of classes that the network does not know.
+                images of their training sets), there are none, some are of classes that the network does not know, or a
+                batch cannot be read.
         """
-        device = self._kind()[0]
+        device = _kind(self.model)[0]
         evaluator = ExitEvaluator(device)
         leaving = torch.zeros(self.rule.num_exits, dtype=torch.long)
         size: Tuple[int, ...] = ()
         known = 0
-        for images, target in loader:
-            check_targets(target, self.rule.num_classes)
+        for batch in loader:
+            images, target = read_batch(batch, self.rule.num_classes)
             known += sum(digest in self._calibrated_on for digest in _digests(images))
-            out = self.run(images.to(device, non_blocking=True))
+            out = self.run(self._put(images))
             evaluator.update(out.probabilities.log(), target.to(device, non_blocking=True))
             leaving += out.exit_index.cpu().bincount(minlength=len(leaving))
             size = tuple(images.shape[1:])
@@ -290,9 +349,23 @@ class EarlyExit:
                 f'would look better than they are. Keep the two parts apart.'
             )
         shares = (leaving / count).tolist()
-        costs = compute_costs(self.model, size).of(self.rule)
+        costs = compute_costs(self._make_ready().view, size).of(self.rule)
         cost = sum(share * cost for share, cost in zip(shares, costs))
         return dict(evaluator.compute(), cost=cost, leaving=shares)
+
+
+def _kind(model: nn.Module) -> Tuple[torch.device, torch.dtype]:
+    like = next(model.parameters())
+    return like.device, like.dtype
+
+
+def _check_images(images: torch.Tensor) -> torch.Tensor:
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f'images of shape {tuple(images.shape)}: expected (N, C, H, W) with one image or more.')
+    if not images.is_floating_point():
+        raise ValueError(
+            f'images of {images.dtype}: expected floating point, as timm.data.create_transform() makes them.')
+    return images
 
 
 def _digests(images: torch.Tensor) -> List[bytes]:

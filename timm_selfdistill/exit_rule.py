@@ -162,7 +162,7 @@ class ExitRule:
             logits: torch.Tensor,
             memory: Dict[str, torch.Tensor],
     ) -> Tuple[torch.Tensor, torch.Tensor, Dict[str, torch.Tensor]]:
-        """Judge images at an exit.
+        """Judge images at an exit, in float32 at least; in half precision many would be equally sure.
 
         Args:
             number: Number of the exit.
@@ -170,9 +170,11 @@ class ExitRule:
             memory: What the exit before returned of the same images, {} at the first.
 
         Returns:
-            The logits that these images leave with, if they leave here (N, num_classes); how sure the exit is of each
-            (N,), to be compared with `level`; and what the next exit has to know of each, tensors (N, ...).
+            The logits that these images leave with, if they leave here (N, num_classes), float32 or float64; how sure
+            the exit is of each (N,), to be compared with `level`; and what the next exit has to know of each, tensors
+            (N, ...).
         """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float))
         later: Dict[str, torch.Tensor] = {}
         if self.ensemble:
             later['total'] = memory['total'] + logits if memory else logits
@@ -195,13 +197,15 @@ def follow_rule(rule: ExitRule, logits: Sequence[torch.Tensor]) -> Tuple[torch.T
         logits: Logits of every exit, each (N, num_classes).
 
     Returns:
-        The logits that each image leaves with (N, num_classes), and the number of the exit it leaves at (N,).
+        The logits that each image leaves with (N, num_classes), see `ExitRule.judge`, and the number of the exit it
+        leaves at (N,).
     """
-    left_with = torch.empty_like(logits[0])
+    left_with = torch.empty(())
     exit_index = torch.full(logits[0].shape[:1], -1, dtype=torch.long, device=logits[0].device)
     memory: Dict[str, torch.Tensor] = {}
     for number, of_exit in enumerate(logits):
         decided, sure, memory = rule.judge(number, of_exit, memory)
+        left_with = left_with if number else torch.empty_like(decided)
         leaves = (exit_index < 0) & ((sure >= rule.level(number)) | (number == rule.num_exits - 1))
         left_with[leaves] = decided[leaves]
         exit_index[leaves] = number

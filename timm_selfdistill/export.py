@@ -13,12 +13,13 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.models import get_model_input_config
+from timm.utils import unwrap_model
 
 from .config import ConfigError
 from .exit_rule import ExitRule
-from .metrics import eval_mode
 from .multi_exit import MultiExit, shown_name
 from .segments import AllExits, split_network, trace
+from .stages import copy_model, eval_view
 from .wrapper import model_name
 
 __all__ = ['FORMATS', 'ExportError', 'export_network']
@@ -200,7 +201,8 @@ def export_network(
     The graphs are compared with torch on random images in batches of 1, 2 and 7 before the folder appears.
 
     Args:
-        model: The network, float32 on the CPU. Its rule for early exit (`model.early_exit`) goes with it.
+        model: The network, in any mode and precision, on any device. The graphs compute in float32: onnxruntime has
+            few operators in half precision on CPUs. Its rule for early exit (`model.early_exit`) goes with it.
         folder: Where to; it may not hold anything yet.
         number: Number of the exit at which the network is cut off; when None it gives the logits of all exits,
             `exit0`, `exit1`, ..., each (N, num_classes).
@@ -214,10 +216,12 @@ def export_network(
         What `export.json` holds.
 
     Raises:
-        ConfigError: An argument does not fit, or packages are missing.
+        ConfigError: An argument does not fit, the network has no exits, or packages are missing.
         ExportError: The network cannot be exported, or computes something else when it is; nothing is written then.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), unwrap_model(model)
+    if not isinstance(model, MultiExit):
+        raise ConfigError(f'{model_name(model)} has no exits: expected a model such as resnet50_sd.')
     if format not in FORMATS:
         raise ConfigError(f'--format {format}: expected one of {", ".join(FORMATS)}.')
     if staged and number is not None:
@@ -225,6 +229,8 @@ def export_network(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f'--output {folder}: exists already, and nothing is overwritten; choose another folder.')
     versions = _versions(format)
+    precision = next(model.parameters()).dtype
+    model = copy_model(eval_view(model)).to('cpu', torch.float)
     data_config = resolve_data_config(dict(input_size=get_model_input_config(model)['input_size']), model=model)
     if model.early_exit is None:
         rule = ExitRule(model.num_exits, model.num_classes)
@@ -239,6 +245,7 @@ def export_network(
         num_classes=model.num_classes,
         num_exits=model.num_exits,
         exit=number,
+        precision=dict(graphs='float32', network=str(precision).removeprefix('torch.')),
         **{key: data_config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
         label_names=model.pretrained_cfg.get('label_names'),
     )
@@ -249,14 +256,14 @@ def export_network(
     suffix = '.onnx' if format == 'onnx' else '.pt2'
     x = torch.randn(3, *data_config['input_size'], generator=torch.Generator().manual_seed(1))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with eval_mode(model), tempfile.TemporaryDirectory(dir=folder.parent, prefix='.exporting-') as beside:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.exporting-') as beside:
         made = Path(beside, 'made')
         made.mkdir()
         try:
             if staged:
-                graphs = list(_stage(model, rule, x, suffix))
+                graphs = list(_stage(eval_view(model), rule, x, suffix))
             else:
-                network = AllExits(model) if number is None else model.truncate(number)
+                network = AllExits(eval_view(model)) if number is None else model.truncate(number)
                 names = [f'exit{i}' for i in range(model.num_exits)] if number is None else ['logits']
                 program = trace(network.eval(), [x], model_name(model))
                 graphs = [_Graph(program, f'network{suffix}', ['images'], names)]

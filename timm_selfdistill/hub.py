@@ -1,4 +1,5 @@
 """Saves and loads networks in the format of timm and the Hugging Face Hub."""
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -29,6 +30,9 @@ def save_model(
 ) -> None:
     """Write `model.safetensors` and `config.json`, from which timm loads the folder as `local-dir:<folder>`.
 
+    The classes stand in `num_classes` alone. timm would repeat them in `model_args`, which transformers' wrapper passes
+    on beside them.
+
     Files already there are replaced only once the new ones are complete.
 
     Args:
@@ -50,7 +54,11 @@ def save_model(
         tensors[key] = tensor.clone() if shared else tensor.contiguous()
     with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
         save_file(tensors, Path(beside, WEIGHTS_NAME))
-        save_config_for_hf(model, Path(beside, CONFIG_NAME), model_config=model_config, data_config=data_config)
+        path = Path(beside, CONFIG_NAME)
+        save_config_for_hf(model, path, model_config=model_config, data_config=data_config)
+        config = json.loads(path.read_text(encoding='utf-8'))
+        config.get('model_args', {}).pop('num_classes', None)
+        path.write_text(json.dumps(config, indent=2), encoding='utf-8')
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             os.replace(Path(beside, name), folder / name)
 

@@ -147,8 +147,14 @@ def exit_names(model: MultiExit) -> List[str]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and afterwards each of its modules back into the mode it was in."""
+    """Put a model into eval mode, and afterwards each of its modules back into the mode it was in.
+
+    Other threads must not run the model meanwhile. Where all of it is in eval mode already nothing is touched.
+    """
     modes = {module: module.training for module in model.modules()}
+    if not any(modes.values()):
+        yield
+        return
     model.eval()
     try:
         yield

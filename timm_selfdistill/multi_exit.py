@@ -64,7 +64,7 @@ class MultiExit(BackboneWrapper):
 
         def head_macs(stage: Stage) -> int:
             with torch.device('meta'):
-                head = create_head(num_classes=0, **settings[stage.index])
+                head = create_head(num_classes=0, **settings[stage.index]).eval()  # maps may be of one pixel
                 return count_macs(head, torch.empty(1, stage.num_chs, *stage.size))[0]
 
         self.exits = choose_exits(self.stages, exits, name, head_macs)

@@ -180,7 +180,10 @@ def fetch_weights(cfg: Dict[str, Any], where: str, cache_dir: Optional[str] = No
     Raises:
         WeightsError: There are none as safetensors, or they were damaged on their way.
     """
-    missing = f'{where}: there is no {WEIGHTS_NAME}. Other files of weights are not read, as they may hold code.'
+    missing = (
+        f'{where}: there is no {WEIGHTS_NAME}. Other files of weights are not read, as they may hold code; timm writes '
+        f'this one with save_for_hf(model, folder, safe_serialization=True).'
+    )
     if cfg['source'] == 'local-dir':
         path = Path(cfg['file'], WEIGHTS_NAME)
         if not path.is_file():

@@ -78,15 +78,19 @@ class StagedSession:
 
     @levels.setter
     def levels(self, levels: Sequence[Optional[float]]) -> None:
-        levels, count = tuple(levels), len(self._graphs) - 1
+        count = len(self._graphs) - 1
+        if isinstance(levels, str) or not np.iterable(levels):
+            raise ValueError(f'levels={levels!r}: expected {count} numbers or None, one for each exit but the deepest.')
+        levels = tuple(levels)
         if len(levels) != count:
             raise ValueError(
                 f'levels={levels}: {len(levels)} given, expected {count}, one for each exit but the deepest.')
         for level in levels:
-            number = isinstance(level, (int, float)) and not isinstance(level, bool) and not math.isnan(level)
-            if level is not None and not number:
+            # NumPy's scalars and arrays of no dimension are numbers as well
+            kind = np.asarray(level, object).ndim == 0 and np.asarray(level).dtype.kind
+            if level is not None and (kind not in tuple('iuf') or np.isnan(level)):
                 raise ValueError(f'levels={levels}: {level!r} is no level, expected a number or None.')
-        self._levels = levels
+        self._levels = tuple(None if level is None else float(level) for level in levels)
 
     def run(self, images: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
         """Classify images.

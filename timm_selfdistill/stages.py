@@ -20,8 +20,10 @@ __all__ = [
     'choose_exits',
     'copy_model',
     'count_macs',
+    'eval_view',
     'feature_dicts',
     'find_stages',
+    'forget_caches',
     'meta_copy',
     'meta_probe',
     'take_taps',
@@ -65,14 +67,14 @@ class Stage:
     macs: int
 
 
-def copy_model(model: nn.Module, tensors: Optional[Dict[int, torch.Tensor]] = None) -> nn.Module:
+def copy_model(model: nn.Module, instead: Optional[Dict[int, Any]] = None) -> nn.Module:
     """Copy a model without what it has computed from its weights and keeps.
 
     Args:
         model: Any module.
-        tensors: What stands in the copy for parameters and buffers, by the id of the original; others are copied.
+        instead: What stands in the copy for parameters, buffers and others, by the id of the original.
     """
-    memo: Dict[int, Any] = dict(tensors or {})
+    memo: Dict[int, Any] = dict(instead or {})
     for module in model.modules():
         for name, value in vars(module).items():
             # In eval mode attention in LeViT and its kin keeps biases made from its weights, by device. While they
@@ -81,6 +83,53 @@ def copy_model(model: nn.Module, tensors: Optional[Dict[int, torch.Tensor]] = No
                     isinstance(t, torch.Tensor) and not t.is_leaf for t in value.values()):
                 memo[id(value)] = {}
     return copy.deepcopy(model, memo)
+
+
+class _Forgetful(dict):
+    """A dict that says of every key that it is new, so that what depends on weights is made of them anew."""
+
+    def __contains__(self, key: Any) -> bool:
+        return False
+
+
+def eval_view(model: nn.Module) -> nn.Module:
+    """Copy the modules of a model in eval mode; the copy has the very parameters and buffers of the original.
+
+    Whatever becomes of these (training, `to`, `half`, `load_state_dict`) is seen in the view, and neither is put into
+    another mode by the other. The view is not compiled, and is not to be changed. Of what else is set in the original
+    later, such as other modules or hooks, it knows nothing.
+
+    Args:
+        model: Any module.
+    """
+    instead: Dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in ('_parameters', '_buffers'):
+                instead[id(value)] = value
+            elif name.endswith('_hooks'):
+                instead[id(value)] = copy.copy(value)  # what is called stays what it is, a recorder for one
+    for module in reversed(list(model.modules())):  # what lies within comes first
+        if hasattr(module, '_orig_mod'):
+            instead[id(module)] = copy_model(module._orig_mod, instead)
+    view = copy_model(model, instead)
+    for module in view.modules():
+        module.training = False  # eval() would tell the modules, and some then write to their weights
+    return view
+
+
+def forget_caches(view: nn.Module, ran: nn.Module) -> None:
+    """Let a view keep no tensors that it computes from weights, which may change.
+
+    Args:
+        view: What `eval_view` gave.
+        ran: A copy of it that was run, which shows which modules keep such tensors.
+    """
+    for name, module in ran.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, dict) and attribute not in ('_parameters', '_buffers') and any(
+                    isinstance(tensor, torch.Tensor) for tensor in value.values()):
+                setattr(view.get_submodule(name), attribute, _Forgetful())
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
