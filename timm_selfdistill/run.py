@@ -170,6 +170,7 @@ class Run:
             opt=config.opt,
             lr=config.lr,
             weight_decay=config.weight_decay,
+            filter_bias_and_bn=not config.decay_norms_and_biases,
             momentum=config.momentum,
             layer_decay=config.layer_decay,
             **(dict(fused=True) if fusable else {}),
