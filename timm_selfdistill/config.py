@@ -15,20 +15,23 @@ __all__ = [
 ]
 
 _AUTHORS = dict(
-    opt='momentum', momentum=0.9, lr=0.1, weight_decay=5e-4, batch_size=128, sched='multistep', decay_rate=0.1,
-    warmup_epochs=0, crop='pad', hflip=0.5, method='byot', temperature=3.0,
+    opt='momentum', momentum=0.9, lr=0.1, weight_decay=5e-4, decay_norms_and_biases=True, batch_size=128,
+    sched='multistep', decay_rate=0.1, warmup_epochs=0, crop='pad', hflip=0.5, mean=[0.4914, 0.4822, 0.4465],
+    std=[0.2023, 0.1994, 0.201], method='byot', temperature=3.0,
 )
 # What the authors of Be Your Own Teacher trained CIFAR-100 networks with, by their two published code bases. Their
-# hints are a sum and a norm over a batch: 5e-7 times the sum over 128 images of 512 features is 0.0328 times their
-# mean; for 0.03 times the norm, which has no equal among means, 0.03 times the mean stands in.
+# hints are 5e-7 times a sum and 0.03 times a norm over 128 images. That is 5e-7 · 128 times the mean over images of
+# the sum over features, and 0.03 · √128 times the root of such a mean. By a comment in their later code the shallowest
+# exit has no hint; by the code itself it is the last exit before the deepest that has none.
 PRESETS: Dict[str, Dict[str, Any]] = {
     'byot-scan': dict(
-        _AUTHORS, exit_head='bottleneck-wide', alpha=0.5, square_temperature=True, hint_weight=0.0328, epochs=200,
-        decay_milestones=[75, 130, 180],
+        _AUTHORS, exit_head='bottleneck-attention', alpha=0.5, square_temperature=True, hint_weight=6.4e-5,
+        hint_form='sum', epochs=200, decay_milestones=[75, 130, 180],
     ),
     'byot-tpami': dict(
-        _AUTHORS, exit_head='separable', alpha=0.3, square_temperature=False, hint_weight=0.03, epochs=250,
-        decay_milestones=[83, 166, 240], aa='cifar10', cutout=16,
+        _AUTHORS, exit_head='separable-double', alpha=0.3, square_temperature=False, hint_weight=0.33941,
+        hint_form='norm', hint_exits='all-but-last', hint_linear=True, epochs=250, decay_milestones=[83, 166, 240],
+        aa='cifar10', cutout=16,
     ),
 }
 
@@ -75,7 +78,8 @@ class TrainConfig:
     exits: Optional[Tuple[int, ...]] = None
     """Indices of feature_info after which auxiliary exits stand; the stage boundaries when None."""
     exit_head: str = 'bottleneck'
-    """Kind of exit head: bottleneck, bottleneck-wide, cascade, linear, pooled or separable."""
+    """Kind of exit head: bottleneck, bottleneck-attention, bottleneck-wide, cascade, linear, pooled, separable or
+    separable-double."""
     model_kwargs: Tuple[str, ...] = ()
     """More arguments of the model, as key=value."""
 
@@ -117,11 +121,18 @@ class TrainConfig:
     square_temperature: bool = True
     """Multiply a divergence by its squared temperature."""
     hint_weight: float = 0.03
-    """Weight of the mean squared distance between features."""
+    """Weight of the hint, a distance between features; its size goes with --hint-form."""
     hint_weight_end: Optional[float] = None
     """Value that --hint-weight reaches, likewise."""
     hint_on: Literal['features', 'maps'] = 'features'
     """What the hint compares: pooled features, or the maps before the pooling."""
+    hint_form: Literal['mean', 'sum', 'norm'] = 'mean'
+    """Distance of the hint. mean: squared differences, mean over images and features. sum: their sum over the features,
+    mean over images. norm: the square root of that."""
+    hint_exits: Literal['all', 'all-but-last'] = 'all'
+    """Which auxiliary exits have a hint: all, or all but the last one before the deepest."""
+    hint_linear: bool = False
+    """Learn a linear layer in front of every hint; otherwise only where the widths differ."""
     exit_teacher: Literal['deepest', 'ensemble', 'next', 'all'] = 'deepest'
     """Who teaches an auxiliary exit: the deepest exit, the mean of all, the next deeper one, or all deeper ones."""
     exit_weights: Literal['equal', 'cost', 'ramp', 'equilibrium'] = 'equal'
@@ -165,7 +176,9 @@ class TrainConfig:
     momentum: float = 0.9
     """Momentum of the optimizer."""
     weight_decay: float = 5e-4
-    """Weight decay; biases and norms have none."""
+    """Weight decay."""
+    decay_norms_and_biases: bool = False
+    """Let it act on norms and biases too."""
     clip_grad: Optional[float] = None
     """Largest norm of the gradient."""
     layer_decay: Optional[float] = None

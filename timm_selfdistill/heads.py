@@ -1,5 +1,6 @@
 """Exit heads: from a feature map inside the network to logits."""
 import math
+from functools import partial
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import torch
@@ -11,6 +12,8 @@ from .stages import Stage
 
 __all__ = [
     'EXIT_HEADS',
+    'PLACED_LIKE',
+    'AttentionBottleneckHead',
     'BottleneckHead',
     'CascadeHead',
     'ExitHead',
@@ -99,6 +102,12 @@ def _norm_act(batch_norm: bool) -> Dict[str, Any]:
     )
 
 
+def _init_convs(module: nn.Module, mode: str = 'fan_out') -> None:
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode=mode, nonlinearity='relu')
+
+
 class BottleneckHead(ExitHead):
     """The bottleneck and classifier of Be Your Own Teacher (Zhang et al., ICCV 2019, arXiv 1905.08094).
 
@@ -117,6 +126,7 @@ class BottleneckHead(ExitHead):
         depthwise: Split the k×k convolution into a depthwise and a 1×1 one.
         drop_rate: Dropout before the classifier.
         widen_to: Length of the feature vector, reached by a last 1×1 convolution; None leaves it out.
+        bias: Give the convolutions biases, as the authors do. The norm behind each of them takes them out again.
         **unused: What other heads need to fit the network.
     """
 
@@ -130,19 +140,18 @@ class BottleneckHead(ExitHead):
             depthwise: bool = False,
             drop_rate: float = 0.,
             widen_to: Optional[int] = None,
+            bias: bool = False,
             **unused: Any,
     ):
         super().__init__(width if widen_to is None else widen_to, drop_rate)
         stride = min(stride, 8)
-        kwargs = _norm_act(batch_norm)
+        kwargs = dict(_norm_act(batch_norm), bias=bias)
         conv = SeparableConvNormAct if depthwise and stride > 1 else ConvNormAct
         self.stride = stride
         self.reduce = ConvNormAct(in_chs, width, kernel_size=1, **kwargs)
         self.down = conv(width, width, kernel_size=stride, stride=stride, padding=0, **kwargs)
         self.widen = nn.Identity() if widen_to is None else ConvNormAct(width, widen_to, kernel_size=1, **kwargs)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+        _init_convs(self)
         self.reset_classifier(num_classes)
 
     def forward_map(self, x: torch.Tensor) -> torch.Tensor:
@@ -172,6 +181,55 @@ class CascadeHead(BottleneckHead):
         self.reset_classifier(self.num_classes)
 
 
+class AttentionBottleneckHead(BottleneckHead):
+    """An attention block and the bottleneck that widens, the head of the authors' code for SCAN.
+
+    SCAN (Zhang et al., NeurIPS 2019, arXiv 1906.03951). A gate for every value of the map comes from a 3×3 convolution
+    of stride 2, norm, activation, a 4×4 transposed convolution of stride 2, norm and a sigmoid, and multiplies the map.
+    The bottleneck of Be Your Own Teacher follows, up to as many features as the deepest exit has.
+
+    Args:
+        in_chs: Channels of the feature map.
+        num_classes: Classes; 0 leaves the classifier out.
+        stride: See `BottleneckHead`.
+        batch_norm: See `BottleneckHead`.
+        deep_features: Length of the deepest exit's feature vector; channels are taken to double with every halving
+            when None.
+        **kwargs: See `BottleneckHead`.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            num_classes: int,
+            stride: int = 1,
+            batch_norm: bool = True,
+            deep_features: Optional[int] = None,
+            **kwargs: Any,
+    ):
+        widen_to = deep_features or in_chs * stride
+        super().__init__(
+            in_chs, num_classes, stride, batch_norm=batch_norm, widen_to=widen_to, bias=True, **kwargs)
+        norm_act = _norm_act(batch_norm)
+        self.attend = nn.Sequential(
+            ConvNormAct(in_chs, in_chs, kernel_size=3, stride=2, bias=True, **norm_act),
+            nn.ConvTranspose2d(in_chs, in_chs, kernel_size=4, stride=2, padding=1),
+            norm_act['norm_layer'](in_chs),
+        )
+        _init_convs(self.attend)
+
+    def forward_map(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.attend(x)[..., :x.shape[-2], :x.shape[-1]]  # of an odd side it comes one longer
+        return super().forward_map(x * gate.sigmoid())
+
+
+def _double_separable(in_chs: int, out_chs: int, stride: int = 1, **kwargs: Any) -> nn.Sequential:
+    return nn.Sequential(
+        SeparableConvNormAct(in_chs, in_chs, stride=stride, **kwargs),
+        SeparableConvNormAct(in_chs, out_chs, **kwargs),
+    )
+
+
 class SeparableHead(ExitHead):
     """Attention and stacked separable convolutions, the head of the authors' later work.
 
@@ -181,6 +239,9 @@ class SeparableHead(ExitHead):
     of the network's last stage, but at least one convolution; average pooling; linear classifier. Channels double with
     every halving, as the trunk's do.
 
+    The authors' code has `double`: behind each of these convolutions a second one, of stride 1, which is where the
+    channels grow, and in the gate another norm and activation before the upsampling.
+
     Args:
         in_chs: Channels of the feature map.
         num_classes: Classes; 0 leaves the classifier out.
@@ -189,6 +250,7 @@ class SeparableHead(ExitHead):
         batch_norm: Normalise by batch, with ReLU, as the authors do; otherwise each position by itself, with GELU.
         drop_rate: Dropout before the classifier.
         deep_chs: Channels of the network's last map, where the doubling ends; None leaves it without end.
+        double: Two separable convolutions in the place of each one, as in the authors' code.
         **unused: What other heads need to fit the network.
     """
 
@@ -200,20 +262,23 @@ class SeparableHead(ExitHead):
             batch_norm: bool = True,
             drop_rate: float = 0.,
             deep_chs: Optional[int] = None,
+            double: bool = False,
             **unused: Any,
     ):
         halvings = int(math.log2(stride))
         chs = [min(in_chs * 2 ** i, max(in_chs, deep_chs or math.inf)) for i in range(halvings + 1)]
         super().__init__(chs[-1], drop_rate)
-        kwargs = dict(_norm_act(batch_norm), kernel_size=3)
-        self.attend = SeparableConvNormAct(in_chs, in_chs, stride=2, **kwargs)
+        norm_act = _norm_act(batch_norm)
+        kwargs = dict(norm_act, kernel_size=3)
+        conv = _double_separable if double else SeparableConvNormAct
+        self.attend = conv(in_chs, in_chs, stride=2, **kwargs)
+        if double:
+            self.attend.extend([norm_act['norm_layer'](in_chs), norm_act['act_layer']()])
         self.down = nn.Sequential(
-            *(SeparableConvNormAct(a, b, stride=2, **kwargs) for a, b in zip(chs, chs[1:])),
-            *([] if halvings else [SeparableConvNormAct(in_chs, in_chs, **kwargs)]),
+            *(conv(a, b, stride=2, **kwargs) for a, b in zip(chs, chs[1:])),
+            *([] if halvings else [conv(in_chs, in_chs, **kwargs)]),
         )
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
+        _init_convs(self, mode='fan_out' if double else 'fan_in')
         self.reset_classifier(num_classes)
 
     def forward_map(self, x: torch.Tensor) -> torch.Tensor:
@@ -306,7 +371,7 @@ def wide_bottleneck_head(
         deep_features: Optional[int] = None,
         **kwargs: Any,
 ) -> BottleneckHead:
-    """Create the head of Be Your Own Teacher to the letter: a bottleneck that widens to the deepest exit's features.
+    """Create the head of the paper Be Your Own Teacher: a bottleneck that widens to the deepest exit's features.
 
     Args:
         in_chs: Channels of the feature map.
@@ -321,12 +386,18 @@ def wide_bottleneck_head(
 
 EXIT_HEADS: Dict[str, Callable[..., ExitHead]] = {
     'bottleneck': BottleneckHead,
+    'bottleneck-attention': AttentionBottleneckHead,
     'bottleneck-wide': wide_bottleneck_head,
     'cascade': CascadeHead,
     'linear': LinearHead,
     'pooled': PooledHead,
     'separable': SeparableHead,
+    'separable-double': partial(SeparableHead, double=True),
 }
+
+# The heads of the authors' code stand where lighter ones of their kind would. In some networks one of them costs more
+# than all that comes behind it, and the authors have it there all the same.
+PLACED_LIKE = {'bottleneck-attention': 'bottleneck-wide', 'separable-double': 'separable'}
 
 
 def exit_head_kind(name: str) -> Callable[..., ExitHead]:

@@ -2,7 +2,9 @@
 
 Be Your Own Teacher (Zhang et al., ICCV 2019, arXiv 1905.08094) and the tolerant teacher (Yang et al., AAAI 2019,
 arXiv 1805.05551). Every term is a mean over the images of a batch, so that its value depends neither on the batch size
-nor on how a batch is split over processes. The teacher's side of every term is detached.
+nor on how a batch is split over processes; one form of the hint is the root of such a mean. The teacher's side of every
+term is detached. What comes in half precision is made float32 first, under autocast too, which on CPUs would leave it:
+in bfloat16 the gradient of a divergence is off by up to 12 %.
 """
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 __all__ = [
     'EXIT_TEACHERS',
     'EXIT_WEIGHTS',
+    'HINT_FORMS',
     'TOLERANCES',
     'confidence_penalty',
     'distillation_loss',
@@ -28,6 +31,12 @@ __all__ = [
 
 EXIT_TEACHERS = ('deepest', 'ensemble', 'next', 'all')
 EXIT_WEIGHTS = ('equal', 'cost', 'ramp', 'equilibrium')
+HINT_FORMS = ('mean', 'sum', 'norm')
+
+
+def _precise(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float32 at least: autocast leaves what is in half precision there in many operations."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def distillation_loss(
@@ -49,27 +58,46 @@ def distillation_loss(
     Returns:
         Mean over the images, a scalar.
     """
-    student = F.log_softmax(student_logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
+    student = F.log_softmax(_precise(student_logits) / temperature, dim=-1)
+    teacher = F.log_softmax(_precise(teacher_logits.detach()) / temperature, dim=-1)
     # 'batchmean' and not 'mean', which would also divide by the number of classes
     loss = F.kl_div(student, teacher, reduction='batchmean', log_target=True)
     return loss * temperature ** 2 if square_temperature else loss
 
 
-def hint_loss(student_features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance between feature vectors or maps, the hint.
+def hint_loss(
+        student_features: torch.Tensor,
+        teacher_features: torch.Tensor,
+        form: str = 'mean',
+) -> torch.Tensor:
+    """Distance between feature vectors or maps, the hint.
 
-    The authors' code sums; its 5e-7 times the sum over 128 images of 512 features is 0.03 times this mean, which unlike
-    a sum does not change with the batch size.
+    The authors' code has two: in that of SCAN 5e-7 times the sum over a batch, which at their 128 images is 5e-7 · 128
+    times `sum`, and in their later code 0.03 times the Frobenius norm of a batch, which is 0.03 · √128 times `norm`.
 
     Args:
         student_features: (N, num_features) or (N, num_features, H, W).
         teacher_features: Of the same shape, taken as constant.
+        form: `mean` of the squared differences over images, features and places. `sum` of them over features and
+            places, mean over images. `norm`, the root of that: the gradient is as large near the teacher as far from
+            it, and zero at the teacher. Unlike the others it is no mean over images: the mean of the norms of a
+            batch's slices is a little less than the norm of the batch where the slices' distances differ.
 
     Returns:
-        Mean over images, features and places, a scalar.
+        A scalar.
+
+    Raises:
+        ValueError: The form is unknown.
     """
-    return F.mse_loss(student_features, teacher_features.detach())
+    if form not in HINT_FORMS:
+        raise ValueError(f'form={form!r}: unknown, expected one of {", ".join(HINT_FORMS)}.')
+    student, teacher = _precise(student_features), _precise(teacher_features.detach())
+    if form == 'mean':
+        return F.mse_loss(student, teacher)
+    if form == 'sum':
+        return F.mse_loss(student, teacher, reduction='sum') / len(student)
+    # a square root's gradient at 0 is infinite, that of vector_norm is 0
+    return torch.linalg.vector_norm(student - teacher) / len(student) ** 0.5
 
 
 def top_score_difference(logits: torch.Tensor, k: int = 5) -> torch.Tensor:
@@ -89,18 +117,18 @@ def top_score_difference(logits: torch.Tensor, k: int = 5) -> torch.Tensor:
     """
     if not 2 <= k <= logits.shape[-1]:
         raise ValueError(f'k={k}: expected a number from 2 to {logits.shape[-1]}, the number of classes.')
-    top = logits.softmax(-1).topk(k, dim=-1).values
+    top = _precise(logits).softmax(-1).topk(k, dim=-1).values
     return top[..., 0] - top[..., 1:].mean(-1)
 
 
 def uniform_divergence(logits: torch.Tensor) -> torch.Tensor:
     """KL(uniform ‖ softmax(z)) of every image, (N,): what label smoothing adds to the cross entropy."""
-    return -logits.log_softmax(-1).mean(-1) - math.log(logits.shape[-1])
+    return -_precise(logits).log_softmax(-1).mean(-1) - math.log(logits.shape[-1])
 
 
 def confidence_penalty(logits: torch.Tensor) -> torch.Tensor:
     """Negative entropy of softmax(z) of every image in nats, (N,) (Pereyra et al., 2017, arXiv 1701.06548)."""
-    log_p = logits.log_softmax(-1)
+    log_p = _precise(logits).log_softmax(-1)
     return (log_p.exp() * log_p).sum(-1)
 
 
@@ -176,6 +204,9 @@ def supervision_terms(
     Returns:
         Weight and mean over the images of each term by name: `ce`, the tolerance's own, `teacher`.
     """
+    logits = _precise(logits)
+    if target.is_floating_point():
+        target = target.to(logits.dtype)
     eta = eta if tolerance is not None else 1.0
     label_weight = label_weight if teacher_logits is not None else 1.0
     terms: Dict[str, Tuple[float, torch.Tensor]] = {}
@@ -209,7 +240,7 @@ def exit_teachers(logits: Sequence[torch.Tensor], kind: str = 'deepest') -> List
         return deeper
     if kind == 'next':
         return [teachers[:1] for teachers in deeper]
-    teacher = torch.stack(tuple(logits)).mean(0) if kind == 'ensemble' else logits[-1]
+    teacher = torch.stack([_precise(z) for z in logits]).mean(0) if kind == 'ensemble' else logits[-1]
     return [[teacher] for _ in deeper]
 
 
@@ -244,33 +275,35 @@ def _is(setting: Union[float, torch.Tensor], number: float) -> bool:
 def self_distillation_loss(
         logits: Sequence[torch.Tensor],
         target: torch.Tensor,
-        hints: Optional[Sequence[torch.Tensor]] = None,
+        hints: Optional[Sequence[Optional[torch.Tensor]]] = None,
         hint_target: Optional[torch.Tensor] = None,
         alpha: float = 0.5,
         temperature: float = 3.0,
         square_temperature: bool = True,
         hint_weight: float = 0.03,
+        hint_form: str = 'mean',
         exit_teacher: str = 'deepest',
         weights: Optional[Sequence[float]] = None,
         **supervision: Any,
 ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
     """The whole loss of Be Your Own Teacher: the deepest exit teaches the shallow ones.
 
-        Σ_i w_i·[(1−α)·L(z_i, y) + α·KL(z_C ‖ z_i; T) + λ·mean (F_i − F_C)²]  over the auxiliary exits, plus L(z_C, y)
+        Σ_i w_i·[(1−α)·L(z_i, y) + α·KL(z_C ‖ z_i; T) + λ·d(F_i, F_C)]  over the auxiliary exits, plus L(z_C, y)
 
-    L is the cross entropy, or what else `supervision_terms` is asked for. The deepest exit learns from it alone, with
-    weight 1. A term whose weight is 0 is not computed; α = λ = 0 is deep supervision.
+    L is the cross entropy, or what else `supervision_terms` is asked for; d is `hint_loss`. The deepest exit learns
+    from L alone, with weight 1. A term whose weight is 0 is not computed; α = λ = 0 is deep supervision.
 
     Args:
         logits: One tensor (N, num_classes) an exit, shallow to deep.
         target: Labels (N,), or class probabilities (N, num_classes) if the criterion takes them.
-        hints: One tensor an auxiliary exit, (N, num_features) or (N, num_features, H, W); not needed where
-            `hint_weight` is 0.
+        hints: One tensor an auxiliary exit, (N, num_features) or (N, num_features, H, W), None at an exit that has no
+            hint; not needed where `hint_weight` is 0.
         hint_target: The same of the deepest exit.
         alpha: Share of the divergence against L at auxiliary exits, 0 to 1.
         temperature: See `distillation_loss`.
         square_temperature: See `distillation_loss`.
         hint_weight: λ, the weight of the hint.
+        hint_form: See `hint_loss`.
         exit_teacher: See `exit_teachers`; with several teachers the mean of their divergences.
         weights: w_i, see `exit_weights`; all 1 when None.
         **supervision: Further arguments of `supervision_terms`.
@@ -297,7 +330,7 @@ def self_distillation_loss(
             divergences = [distillation_loss(logits[i], t, temperature, square_temperature) for t in teachers]
             terms[f'kl{i}'] = sum(divergences) / len(divergences)
             loss = loss + weight * alpha * terms[f'kl{i}']
-        if not _is(hint_weight, 0):
-            terms[f'hint{i}'] = hint_loss(hints[i], hint_target)
+        if not _is(hint_weight, 0) and hints[i] is not None:
+            terms[f'hint{i}'] = hint_loss(hints[i], hint_target, hint_form)
             loss = loss + weight * hint_weight * terms[f'hint{i}']
     return loss, {name: terms[name].detach() for name in sorted(terms)}

@@ -6,7 +6,7 @@ import torch.nn as nn
 
 from .exit_network import ExitNetwork
 from .exit_rule import ExitRule
-from .heads import ExitHead, LinearHead, chain_logits, exit_head_kind, head_settings
+from .heads import PLACED_LIKE, ExitHead, LinearHead, chain_logits, exit_head_kind, head_settings
 from .stages import ExitSpec, Stage, choose_exits, copy_model, count_macs, find_stages, take_taps
 from .wrapper import SUFFIX, BackboneWrapper, cfg_without_weights, model_name, names_tuple
 
@@ -61,10 +61,11 @@ class MultiExit(BackboneWrapper):
             self.pruned = True
         self.stages: Tuple[Stage, ...] = find_stages(backbone)
         settings = head_settings(backbone, self.stages)
+        create_light = exit_head_kind(PLACED_LIKE.get(exit_head, exit_head))
 
         def head_macs(stage: Stage) -> int:
             with torch.device('meta'):
-                head = create_head(num_classes=0, **settings[stage.index]).eval()  # maps may be of one pixel
+                head = create_light(num_classes=0, **settings[stage.index]).eval()  # maps may be of one pixel
                 return count_macs(head, torch.empty(1, stage.num_chs, *stage.size))[0]
 
         self.exits = choose_exits(self.stages, exits, name, head_macs)

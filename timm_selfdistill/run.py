@@ -163,6 +163,7 @@ class Run:
                 opt=config.opt,
                 lr=config.lr,
                 weight_decay=config.weight_decay,
+                filter_bias_and_bn=not config.decay_norms_and_biases,
                 momentum=config.momentum,
                 **(dict(fused=True) if fusable else {}),
                 **other,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.task import DistillationTeacher, TrainingTask, resolve_classification_loss
 from timm.utils import unwrap_model
 
-from .losses import EXIT_TEACHERS, EXIT_WEIGHTS, TOLERANCES, exit_weights, self_distillation_loss
+from .losses import EXIT_TEACHERS, EXIT_WEIGHTS, HINT_FORMS, TOLERANCES, exit_weights, self_distillation_loss
 from .multi_exit import MultiExit
 from .stages import meta_copy
 from .wrapper import model_name, nested_group_matcher
@@ -27,6 +27,8 @@ class SelfDistillationModule(nn.Module):
         hints: Also learn projections from what the auxiliary exits see to what the deepest one sees, where their widths
             differ. They exist for the hint loss alone and are no part of the model.
         hint_on: `features`, pooled vectors, or `maps`, before the pooling.
+        hint_exits: `all` auxiliary exits, or `all-but-last` of them.
+        hint_linear: Learn a projection also where the widths agree.
         equilibrium: Scale the gradients in the backbone so that each of its sections learns from the mean, not the sum,
             of the exits behind it: gradient equilibrium (Li et al., ICCV 2019, arXiv 1908.06294).
 
@@ -39,25 +41,29 @@ class SelfDistillationModule(nn.Module):
             model: MultiExit,
             hints: bool = True,
             hint_on: str = 'features',
+            hint_exits: str = 'all',
+            hint_linear: bool = False,
             equilibrium: bool = False,
     ):
         super().__init__()
         self.model = model
         self.hint_on = hint_on
+        self.hint_linear = hint_linear
         self.detach_taps = False
         like = next(model.parameters())
+        heads = list(model.exit_heads) if hints else []
         self.projections = nn.ModuleList(
-            self._projection(head) for head in (model.exit_heads if hints else ())
+            self._projection(head) for head in (heads[:-1] if hint_exits == 'all-but-last' else heads)
         ).to(device=like.device, dtype=like.dtype)
         if equilibrium:
             self._scale_gradients()
 
     def _projection(self, head: nn.Module) -> nn.Module:
         if self.hint_on == 'maps':
-            narrow, wide = head.map_chs, self.model.stages[-1].num_chs
-            return nn.Identity() if narrow == wide else nn.Conv2d(narrow, wide, kernel_size=1)
-        narrow, wide = head.num_features, self.model.head_hidden_size
-        return nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
+            narrow, wide, create = head.map_chs, self.model.stages[-1].num_chs, partial(nn.Conv2d, kernel_size=1)
+        else:
+            narrow, wide, create = head.num_features, self.model.head_hidden_size, nn.Linear
+        return create(narrow, wide) if self.hint_linear or narrow != wide else nn.Identity()
 
     def _scale_gradients(self) -> None:
         # The paper rescales at every exit what comes from its head and what comes from behind. Multiplied up, a section
@@ -90,7 +96,7 @@ class SelfDistillationModule(nn.Module):
     def forward(
             self,
             x: torch.Tensor,
-    ) -> Tuple[List[torch.Tensor], List[torch.Tensor], Optional[torch.Tensor]]:
+    ) -> Tuple[List[torch.Tensor], List[Optional[torch.Tensor]], Optional[torch.Tensor]]:
         """Run all exits.
 
         Args:
@@ -98,11 +104,12 @@ class SelfDistillationModule(nn.Module):
 
         Returns:
             Logits of every exit, each (N, num_classes); projected features of the auxiliary exits, each
-            (N, num_features), or maps (N, num_features, H, W); the same of the deepest exit, detached. The last two are
-            an empty list and None without hints.
+            (N, num_features), or maps (N, num_features, H, W), None at exits without a hint; the same of the deepest
+            exit, detached, None where no exit has a hint.
         """
+        without = [None] * (self.num_exits - 1 - len(self.projections))
         if not len(self.projections):
-            return self.model.forward_exits(x, detach_taps=self.detach_taps), [], None
+            return self.model.forward_exits(x, detach_taps=self.detach_taps), without, None
         on_maps = self.hint_on == 'maps'
         logits, seen = self.model.forward_exits(
             x, return_features=not on_maps, return_maps=on_maps, detach_taps=self.detach_taps)
@@ -110,7 +117,7 @@ class SelfDistillationModule(nn.Module):
         if on_maps:  # sizes that the heads' strides do not divide
             size = seen[-1].shape[-2:]
             hints = [h if h.shape[-2:] == size else F.adaptive_avg_pool2d(h, size) for h in hints]
-        return logits, hints, seen[-1]
+        return logits, hints + without, seen[-1]
 
 
 class SelfDistillationTask(TrainingTask):
@@ -132,6 +139,9 @@ class SelfDistillationTask(TrainingTask):
         temperature_end: The same of `temperature`.
         hint_weight_end: The same of `hint_weight`.
         hint_on: What the hint compares, `features` or `maps`.
+        hint_form: How far apart they are, see `losses.hint_loss`.
+        hint_exits: Which auxiliary exits have a hint, `all` or `all-but-last`.
+        hint_linear: Learn a linear layer in front of every hint; otherwise where the widths differ alone.
         exit_teacher: Who teaches the auxiliary exits, see `losses.exit_teachers`.
         weighting: How the auxiliary exits are weighted, see `losses.exit_weights`.
         tolerance: What a patriarch minimises beside the cross entropy, see `losses.supervision_terms`.
@@ -164,6 +174,9 @@ class SelfDistillationTask(TrainingTask):
             temperature_end: Optional[float] = None,
             hint_weight_end: Optional[float] = None,
             hint_on: str = 'features',
+            hint_form: str = 'mean',
+            hint_exits: str = 'all',
+            hint_linear: bool = False,
             exit_teacher: str = 'deepest',
             weighting: str = 'equal',
             tolerance: Optional[str] = None,
@@ -196,7 +209,8 @@ class SelfDistillationTask(TrainingTask):
         if not teacher_temperature > 0:
             raise ValueError(f'teacher_temperature={teacher_temperature}: expected a number greater than 0.')
         for name, value, known in (
-            ('hint_on', hint_on, ('features', 'maps')), ('exit_teacher', exit_teacher, EXIT_TEACHERS),
+            ('hint_on', hint_on, ('features', 'maps')), ('hint_form', hint_form, HINT_FORMS),
+            ('hint_exits', hint_exits, ('all', 'all-but-last')), ('exit_teacher', exit_teacher, EXIT_TEACHERS),
             ('weighting', weighting, EXIT_WEIGHTS), ('tolerance', tolerance, (None, *TOLERANCES)),
         ):
             if value not in known:
@@ -206,6 +220,7 @@ class SelfDistillationTask(TrainingTask):
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
         self.loss_args = dict(
             square_temperature=square_temperature,
+            hint_form=hint_form,
             exit_teacher=exit_teacher,
             tolerance=tolerance,
             eta=eta,
@@ -220,6 +235,8 @@ class SelfDistillationTask(TrainingTask):
             model,
             hints=max(self.schedules['hint_weight']) > 0,
             hint_on=hint_on,
+            hint_exits=hint_exits,
+            hint_linear=hint_linear,
             equilibrium=weighting == 'equilibrium',
         )
         self.teacher: Optional[DistillationTeacher] = None
@@ -335,7 +352,7 @@ class SelfDistillationTask(TrainingTask):
         if self.teacher is not None:
             with torch.no_grad():
                 view = input if self.same_view else input * self.teacher_scale + self.teacher_shift
-                teacher_logits = self.teacher(view).float()  # under autocast it may come in half precision
+                teacher_logits = self.teacher(view)
                 if self.teacher_classes is not None:
                     teacher_logits = teacher_logits[:, self.teacher_classes]
         loss, terms = self.compute_loss(

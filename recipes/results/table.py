@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 import tyro
 from matplotlib.figure import Figure
 
-from timm_selfdistill.config import INCIDENTAL, PLACES, ConfigError, parse_train_config
+from timm_selfdistill.config import INCIDENTAL, PLACES, ConfigError, TrainConfig, parse_train_config
 from timm_selfdistill.launch import run_command
 
 HERE = Path(__file__).parent
@@ -41,8 +41,9 @@ LATER = {'resnet18': ((76.25, 79.30, 81.06, 81.33), 82.32)}
 # Settings by which what teaches differs, and not the recipe.
 TEACHING = {
     'method', 'exits', 'exit_head', 'alpha', 'alpha_end', 'temperature', 'temperature_end', 'square_temperature',
-    'hint_weight', 'hint_weight_end', 'hint_on', 'exit_teacher', 'exit_weights', 'last_phase_epochs', 'teacher',
-    'label_weight', 'teacher_temperature', 'patriarch', 'eta', 'tsd_k', 'generations', 'superclass_column', 'seed',
+    'hint_weight', 'hint_weight_end', 'hint_on', 'hint_form', 'hint_exits', 'hint_linear', 'exit_teacher',
+    'exit_weights', 'last_phase_epochs', 'teacher', 'label_weight', 'teacher_temperature', 'patriarch', 'eta', 'tsd_k',
+    'generations', 'superclass_column', 'seed',
 }
 RECIPES = ('', '_later', '_best')
 METHODS = ('plain', 'deep_supervision', 'byot')
@@ -75,6 +76,7 @@ def read_runs(path: Path) -> Dict[str, List[Row]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
+            row['settings'] = {**TrainConfig().settings(), **row['settings']}  # some did not exist when it was written
             groups[row['recipe']].append(row)
         except (KeyError, TypeError, ValueError) as e:
             raise ConfigError(f'--results {path}: line {number} is no line of a run: {e!r}.') from e
