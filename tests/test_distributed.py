@@ -146,7 +146,8 @@ def test_sharded_parameters_train_and_go_on_to_the_bit(tmp_path):
     assert 'checkpoints/step5: epoch 1, 5 of 12 steps done' in out.stdout
     for name in ('model.safetensors', 'results.json', 'summary.csv'):
         assert (whole / name).read_bytes() == (half / name).read_bytes(), name
-    assert json.loads((whole / 'results.json').read_text())['test'][-1]['top1'] > 50  # chance is 10
+    # chance is 10; the shallowest exit learns first and comes to about 80
+    assert json.loads((whole / 'results.json').read_text())['test'][0]['top1'] > 50
 
 
 @pytest.mark.slow
