@@ -3,7 +3,8 @@
 
 Some superclasses of CIFAR-100, and on them: plain training, deep supervision, self-distillation, and generations of
 students behind four patriarchs, those with a tolerant loss of the same softness. Each run is one of `recipes/train.py`,
-and what is complete in `--work` is not run again. The defaults take half an hour on two CPU cores.
+and what is complete in `--work` is not run again. The defaults take half an hour on two CPU cores. Runs this
+short underfit, and networks that underfit lose by self-distillation: README says when it pays.
 """
 import concurrent.futures
 import csv

@@ -139,7 +139,14 @@ def test_presets_are_defaults(name):
 def test_the_authors_settings():
     scan, tpami = (parse_train_config(['--preset', name]) for name in ('byot-scan', 'byot-tpami'))
     assert (scan.alpha, scan.temperature, scan.square_temperature) == (0.5, 3.0, True)
-    assert scan.hint_weight == pytest.approx(5e-7 * 128 * 512, rel=1e-2)
+    assert (scan.hint_weight, scan.hint_form, scan.hint_exits, scan.hint_linear) == (
+        pytest.approx(5e-7 * 128, rel=1e-9), 'sum', 'all', False)
+    assert (tpami.hint_weight, tpami.hint_form, tpami.hint_exits, tpami.hint_linear) == (
+        pytest.approx(0.03 * 128 ** 0.5, rel=1e-5), 'norm', 'all-but-last', True)
+    for config in (scan, tpami):
+        assert (config.opt, config.weight_decay, config.decay_norms_and_biases) == ('momentum', 5e-4, True)
+        assert config.mean == (0.4914, 0.4822, 0.4465) and config.std == (0.2023, 0.1994, 0.2010)
+    assert (scan.exit_head, tpami.exit_head) == ('bottleneck-attention', 'separable-double')
     assert (scan.epochs, scan.decay_milestones, tpami.epochs, tpami.decay_milestones) == (
         200, (75, 130, 180), 250, (83, 166, 240))
     assert (tpami.alpha, tpami.temperature, tpami.square_temperature) == (0.3, 3.0, False)

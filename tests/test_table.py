@@ -91,6 +91,13 @@ def test_runs_not_trained_as_their_file_says_are_told_apart(table, tmp_path):
     assert cells(table, text, 'resnet18_byot')['deepest, gain'] == '-'
 
 
+def test_a_line_from_before_a_setting_existed_has_its_default(table, tmp_path):
+    old, new = row('resnet20_packaged', 0, [1., 2.], 3.), row('resnet20_packaged', 1, [1., 2.], 3.)
+    for name in ('hint_form', 'decay_norms_and_biases'):
+        del old['settings'][name]
+    assert 'not as its file says' not in table['render'](table['read_runs'](write(tmp_path / 'r', old, new)))
+
+
 @pytest.mark.parametrize('rows, message', [
     ([('resnet18_plain', 0, {}), ('resnet18_plain', 1, dict(epochs=3))], 'not of one recipe: epochs 3 instead of 200'),
     ([('resnet18_plain', 0, {}), ('resnet18_plain', 0, {})], 'resnet18_plain has several lines with seed 0'),

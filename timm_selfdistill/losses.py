@@ -313,6 +313,7 @@ def self_distillation_loss(
         every exit (`ce<i>`, ...), `kl<i>` and `hint<i>` for the auxiliary ones, numbered from 0.
     """
     terms: Dict[str, torch.Tensor] = {}
+    logits = [_precise(z) for z in logits]
     deepest = len(logits) - 1
     supervision.setdefault('square_temperature', square_temperature)
 
