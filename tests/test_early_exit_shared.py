@@ -68,6 +68,7 @@ def wrong_answers(predictor, images, expected, threads=6, calls=10):
         return sum(pool.map(work, range(threads)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_threads_get_what_eval_mode_gives_and_change_nothing_while_the_model_is_in_training_mode(name):
     model, images = create(name)
@@ -84,6 +85,7 @@ def test_threads_get_what_eval_mode_gives_and_change_nothing_while_the_model_is_
     assert_untouched(model, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 def test_a_thread_that_trains_and_evaluates_meanwhile_disturbs_nobody(name):
     model, images = create(name)
@@ -104,6 +106,7 @@ def test_a_thread_that_trains_and_evaluates_meanwhile_disturbs_nobody(name):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_graphs_are_shared_by_threads_as_well(monkeypatch):
     monkeypatch.setattr(compaction, '_find_cuts', lambda *args: None)
     model, images = create('test_resnet_sd', pretrained_cfg_overlay=dict(input_size=(3, 64, 64)))
@@ -125,6 +128,7 @@ def test_graphs_are_shared_by_threads_as_well(monkeypatch):
     assert_exits(predictor(images), exits)
 
 
+@pytest.mark.slow
 def test_calibration_and_evaluation_leave_a_training_network_alone():
     model, images = create('test_resnet_sd')
     batches = [(images, torch.arange(6) % 5)]
@@ -140,8 +144,11 @@ def test_calibration_and_evaluation_leave_a_training_network_alone():
     assert points[0] == points[1]
 
 
-@pytest.mark.parametrize('name', ['test_resnet_sd', 'efficientformerv2_s0_sd', 'efficientvit_m0_sd'])
-@pytest.mark.parametrize('change', ['in place', 'data', 'assign', 'double'])
+@pytest.mark.parametrize('name, change', [
+    *(('test_resnet_sd', change) for change in ('in place', 'data', 'assign', 'double')),
+    *(pytest.param(name, change, marks=pytest.mark.slow)
+      for name in ('efficientformerv2_s0_sd', 'efficientvit_m0_sd') for change in ('in place', 'data')),
+])
 def test_weights_of_later_are_seen(name, change):
     model, images = create(name, **(dict(img_size=64) if 'efficientvit' in name else {}))
     predictor = EarlyExit(model, 0.)
