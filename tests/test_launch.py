@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import psutil
@@ -26,6 +27,7 @@ from timm_selfdistill.evaluation import EvaluationConfig, open_network
 from timm_selfdistill.launch import ISSUES, run_command
 from timm_selfdistill.signals import keep_worker_alive, starting_workers
 from timm_selfdistill.tasks import SelfDistillationTask
+from timm_selfdistill.trackers import start_trackers
 from timm_selfdistill.trainer import train
 
 ROOT = Path(__file__).parent.parent
@@ -198,6 +200,7 @@ DRIVER = '''
 import sys
 from timm_selfdistill.config import parse_train_config
 from timm_selfdistill.launch import run_command
+from timm_selfdistill.trackers import start_trackers
 from timm_selfdistill.trainer import train
 
 original = Run.train_batch
@@ -421,6 +424,18 @@ def test_settings_of_accelerate_that_cannot_be_had_are_named(tmp_path, name, val
     status, _, err, _ = end(start(TRAIN, *TINY, '--output', tmp_path, **{name: value}))
     assert status == 2
     assert error_line(err).endswith(f'environment variables: {name}={value}.')
+
+
+@pytest.mark.parametrize('error', [KeyError('api_key'), ConnectionError('no route to host')])
+def test_a_tracker_that_cannot_be_started_is_named(tmp_path, error):
+    class Accelerator:
+        project_configuration = SimpleNamespace()
+
+        def init_trackers(self, *_, **__):
+            raise error
+
+    with pytest.raises(ConfigError, match=f'--report-to wandb: cannot be started: {type(error).__name__}: .*leave the'):
+        start_trackers(Accelerator(), ['wandb'], tmp_path, {}, 0)
 
 
 @pytest.mark.parametrize('settings, message', [

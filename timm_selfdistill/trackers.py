@@ -6,6 +6,7 @@ from typing import Any, Dict, Sequence
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from .build import reason_of
 from .config import ConfigError, nearest
 
 __all__ = ['check_trackers', 'start_trackers']
@@ -43,17 +44,25 @@ def start_trackers(
         folder: The run's folder; its name is the run's.
         settings: The settings of the run.
         first_epoch: Epoch to go on with; what was logged of it and later ones is taken back where a tracker can.
+
+    Raises:
+        ConfigError: One of them cannot be started.
     """
     same_run = dict(name=folder.name, resume='allow')
     run_id = uuid.uuid5(uuid.NAMESPACE_URL, str(folder.resolve())).hex
     accelerator.project_configuration.logging_dir = str(folder / 'trackers')
     accelerator.log_with = [str(t) for t in get_available_trackers()] if 'all' in names else list(dict.fromkeys(names))
-    accelerator.init_trackers(
-        _PROJECT,
-        config={k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()},
-        init_kwargs=dict(
-            tensorboard=dict(purge_step=first_epoch),
-            trackio=same_run,
-            wandb=dict(same_run, id=run_id, dir=str(folder)),
-        ),
-    )
+    try:
+        accelerator.init_trackers(
+            _PROJECT,
+            config={k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()},
+            init_kwargs=dict(
+                tensorboard=dict(purge_step=first_epoch),
+                trackio=same_run,
+                wandb=dict(same_run, id=run_id, dir=str(folder)),
+            ),
+        )
+    except Exception as e:  # each tracker has errors of its own: no account, no connection, no folder to write to
+        raise ConfigError(
+            f'--report-to {" ".join(names)}: cannot be started: {reason_of(e)}. Mend that, or leave the tracker out.'
+        ) from e
