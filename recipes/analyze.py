@@ -74,7 +74,7 @@ def secondary_rows(network: TrainedNetwork, config: AnalyzeConfig, split: str) -
         raise ConfigError(f'--top-k {k}: expected 2 to {model.num_classes}, the number of classes.')
     superclasses = data.superclasses_of(model.num_classes)
     rows = []
-    for part in dict.fromkeys(('train', split)):
+    for part in dict.fromkeys(part for part in ('train', split) if part in data.parts()):
         images = subset(data.parts()[part], config.images, config.seed)
         logits, target = collect_logits(model, network.batches(images), network.device)
         for name, output in zip(exit_names(model), [*logits, ensemble_logits(logits)]):
