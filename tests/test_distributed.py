@@ -43,7 +43,9 @@ def teacher(tmp_path_factory):
     ['--hint-on', 'maps', '--hint-weight', 0.5, '--exit-teacher', 'all', '--exit-weights', 'equilibrium',
      '--exit-head', 'cascade', '--teacher', 'TEACHER', '--alpha', 0.1, '--alpha-end', 0.9],
     ['--patriarch', 'tsd', '--exit-teacher', 'ensemble', '--exit-weights', 'ramp', '--exit-head', 'separable'],
-], ids=['default', 'student', 'patriarch'])
+    ['--hint-form', 'sum', '--hint-weight', 1e-3, '--hint-exits', 'all-but-last', '--hint-linear',
+     '--exit-head', 'bottleneck-attention'],
+], ids=['default', 'student', 'patriarch', 'authors'])
 def test_two_processes_give_the_loss_gradients_and_counts_of_one(tmp_path, teacher, settings):
     dumps = []
     settings = [teacher if s == 'TEACHER' else s for s in settings]

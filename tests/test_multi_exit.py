@@ -209,7 +209,7 @@ def test_a_cascade_hands_logits_on_one_way_only():
 
 @pytest.mark.parametrize('exits', [None, (), (2,)])
 def test_an_unknown_kind_of_head_is_refused(exits):
-    with pytest.raises(ValueError, match="exit_head='conv': unknown, expected one of bottleneck, bottleneck-wide"):
+    with pytest.raises(ValueError, match="exit_head='conv': unknown, expected one of bottleneck, bottleneck-attention"):
         timm.create_model('test_resnet_sd', exit_head='conv', exits=exits)
 
 
