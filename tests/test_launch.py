@@ -142,7 +142,8 @@ def _worker(ready):
 @pytest.mark.parametrize('method', ['fork', 'forkserver', 'spawn'])
 @pytest.mark.slow
 def test_a_worker_obeys_its_own_program_alone(method):
-    context = multiprocessing.get_context(method)
+    before, context = multiprocessing.get_start_method(), multiprocessing.get_context(method)
+    multiprocessing.set_start_method(method, force=True)
     ready = context.Event()
     worker = context.Process(target=_worker, args=(ready,), daemon=True)
     with starting_workers():
@@ -158,6 +159,7 @@ def test_a_worker_obeys_its_own_program_alone(method):
         assert worker.exitcode == 0
     finally:
         worker.kill()
+        multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture(scope='module')

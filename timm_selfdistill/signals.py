@@ -81,7 +81,7 @@ def starting_workers() -> Iterator[None]:
     That counts for those that are not forked from this process (by default from Python 3.14 on): when
     `keep_worker_alive` is called in them, what they have imported has started threads, any of which may take a signal.
     """
-    if not hasattr(signal, 'sigtimedwait'):
+    if not hasattr(signal, 'sigtimedwait') or multiprocessing.get_start_method() == 'fork':
         yield
         return
     resource_tracker.ensure_running()  # when it starts, it unblocks SIGTERM
