@@ -62,8 +62,8 @@ def keep_worker_alive(worker: int) -> None:
     Schedulers and terminals signal all processes at once, and without its workers the trainer could not finish the step
     after which it writes its checkpoint. So a worker ignores Ctrl-C, and SIGTERM unless the trainer itself has sent it,
     by which Python ends its children; that one, and the trainer's death, end it wherever it is. Where the system does
-    not tell who sent a signal (macOS, Windows), every SIGTERM ends it, and so it does in a worker that is spawned, not
-    forked, outside of `starting_workers`.
+    not tell who sent a signal (macOS, Windows), every SIGTERM ends it, and so it may in a worker that was not
+    started within `starting_workers`.
     """
     trainer = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -76,16 +76,17 @@ def keep_worker_alive(worker: int) -> None:
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """Let worker processes that start here be born with SIGTERM blocked, in all of their threads.
+    """Let worker processes that start here be born with SIGTERM and SIGINT blocked, in all of their threads.
 
-    That counts for those that are not forked from this process (by default from Python 3.14 on): when
-    `keep_worker_alive` is called in them, what they have imported has started threads, any of which may take a signal.
+    Before `keep_worker_alive` is called in them either would end them. And in those that are not forked from this
+    process (by default from Python 3.14 on) libraries have started threads by then, any of which may take a signal.
     """
-    if not hasattr(signal, 'sigtimedwait') or multiprocessing.get_start_method() == 'fork':
+    if not hasattr(signal, 'sigtimedwait'):
         yield
         return
-    resource_tracker.ensure_running()  # when it starts, it unblocks SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if multiprocessing.get_start_method() != 'fork':
+        resource_tracker.ensure_running()  # when it starts, it unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(_SIGNALS))
     try:
         yield
     finally:
