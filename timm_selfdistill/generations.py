@@ -21,7 +21,7 @@ from .config import ConfigError, TrainConfig, recipe_problem
 from .cpu import use_all_cores
 from .data import ImageData
 from .folders import is_complete, run_folder
-from .hub import load_checkpoint
+from .hub import class_names, load_checkpoint
 from .loaders import leave_out_unreadable, open_data
 from .metrics import collect_logits, ensemble_logits, exit_names
 from .plots import plot_generations
@@ -151,9 +151,10 @@ class _Lineage:
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config = config
         self.accelerator = accelerator
-        self.data: ImageData = open_data(config, accelerator)
+        patriarch = run_folder(config) / 'generation0'
+        self.data: ImageData = open_data(config, accelerator, patriarch)
         if config.skip_unreadable:
-            leave_out_unreadable(self.data, accelerator, run_folder(config) / 'generation0')
+            leave_out_unreadable(self.data, accelerator, patriarch)
         train, counts = self.data.train, self.data.test or self.data.validation
         index = np.linspace(0, len(train) - 1, min(len(train), _TRAIN_IMAGES)).astype(int)
         self._splits = dict(train=train.select(index, 'train'), **{counts.name: counts})
@@ -165,6 +166,11 @@ class _Lineage:
     def add(self, folder: Path) -> None:
         """Measure the next generation."""
         model, _ = load_checkpoint(str(folder))
+        if class_names(model) != self.data.label_names:
+            raise ConfigError(
+                f'{folder} knows the classes in another order than the patriarch, as the data have changed since. '
+                f'Begin with a new --experiment.'
+            )
         model.to(self.accelerator.device)
         number = len(self.rows)
         row: Dict[str, Any] = dict(generation=number, seed=self.config.seed + number)
