@@ -116,7 +116,7 @@ def train_generations(config: TrainConfig) -> Path:
         elif main:
             file_record(config, folder, reporter)
         accelerator.wait_for_everyone()
-        lineage = lineage or _Lineage(config, accelerator)
+        lineage = lineage or _Lineage(config, accelerator, root)
         lineage.add(folder)
         if main:
             (root / 'args.yaml').write_text(yaml.safe_dump(config.settings(), sort_keys=False), encoding='utf-8')
@@ -148,10 +148,10 @@ class _Lineage:
         parts: Names of the parts measured, the one that counts last.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, root: Path):
         self.config = config
         self.accelerator = accelerator
-        patriarch = run_folder(config) / 'generation0'
+        patriarch = root / 'generation0'
         self.data: ImageData = open_data(config, accelerator, patriarch)
         if config.skip_unreadable:
             leave_out_unreadable(self.data, accelerator, patriarch)
