@@ -86,6 +86,10 @@ class SelfDistillationModule(nn.Module):
         return nested_group_matcher(self, 'model', coarse)
 
     @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    @property
     def num_exits(self) -> int:
         return self.model.num_exits
 
