@@ -434,8 +434,11 @@ def test_an_object_that_always_arrives_changed_is_not_committed(hub, push, run):
 
 
 def test_a_card_that_the_hub_does_not_take_is_not_sent(hub, push, run):
-    error = push(run, '--dataset', 'no/data/set').error
-    assert 'README.md' in error and 'datasets' in error and 'no/data/set' in error
+    error = push(run, '--dataset', 'no/data/set').error  # found out here
+    assert '--dataset no/data/set: expected the id of a data set on the Hub' in error
+    assert not hub.requests
+    error = push(run, '--dataset', 'no:set').error
+    assert 'README.md' in error and 'datasets' in error and 'no:set' in error
     assert hub.requests == [('POST', '/api/validate-yaml', 400)] and not hub.repositories
 
 
