@@ -107,8 +107,8 @@ def _end_at_once() -> None:
 def _report(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return (
-            f'Stopped by {error or "SIGINT"}. The same command begins again; --resume auto lets a training run go on '
-            f'from its last checkpoint.'
+            f'Stopped by {str(error) or "SIGINT"}. The same command begins again; --resume auto lets a training run go '
+            f'on from its last checkpoint.'
         )
     sentence = str(error) if isinstance(error, Preempted) else _sentence(error)
     if sentence is not None:

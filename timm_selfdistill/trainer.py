@@ -111,7 +111,7 @@ def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Pat
             with signals:
                 _train(run)
         except KeyboardInterrupt as e:
-            raise Preempted(f'Stopped by a second {e or "SIGINT"}, amid a step. {run.how_to_go_on()}') from None
+            raise Preempted(f'Stopped by a second {str(e) or "SIGINT"}, amid a step. {run.how_to_go_on()}') from None
     if main:
         file_record(config, folder, reporter)
     if config.push_to_hub is not None:
