@@ -285,7 +285,8 @@ def trained(tmp_path_factory):
     torch.manual_seed(0)
     model = timm.create_model('test_resnet_sd', num_classes=8, exits=(2, 3), exit_head='linear')
     data_config = dict(input_size=(3, 32, 32), crop_pct=1., mean=(0.5,) * 3, std=(0.5,) * 3)
-    save_model(model, folder / 'run', data_config, label_names=[f'shade {i}' for i in range(8)])
+    names = [f'{shade} {colour}' for colour in 'rgby' for shade in ('dark', 'light')]
+    save_model(model, folder / 'run', data_config, label_names=names)
     settings = dict(data_dir=str(data), label_column='fine', val_fraction=0.25)
     (folder / 'run' / 'args.yaml').write_text(yaml.safe_dump(settings))
     return folder
@@ -348,30 +349,33 @@ def test_the_recipe_takes_a_latency_and_patience(run, monkeypatch, capsys):
     (['--budget', 0.5, '--data-dir', 'data', '--label-column', 'fine'], 'has no validation part of its own'),
     (['--budget', 0.5, '--checkpoint', 'hf-hub:some/one'], 'expected the folder of a run'),
 ])
-def test_the_recipe_says_what_is_missing_and_changes_nothing(trained, run, monkeypatch, capsys, arguments, message):
+def test_the_recipe_says_what_is_missing_and_changes_nothing(
+        trained, run, tmp_path, monkeypatch, capsys, arguments, message):
     before = (run / 'config.json').read_bytes()
-    arguments = [trained / 'data' if value == 'data' else value for value in arguments]
+    shutil.copytree(trained / 'data', tmp_path / 'elsewhere')  # other data, for all that is known
+    arguments = [tmp_path / 'elsewhere' if value == 'data' else value for value in arguments]
     with pytest.raises(SystemExit) as stopped:
         calibrate(monkeypatch, '--checkpoint', run, *arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert (run / 'config.json').read_bytes() == before and not (run / 'early_exit.csv').exists()
 
 
-@pytest.mark.parametrize('missing, message', [
-    ('validation', 'has no validation part to choose on. Train with --val-fraction'),
-    ('test', 'has no test part to measure on'),
-])
-def test_the_recipe_needs_both_parts(trained, run, tmp_path, monkeypatch, capsys, missing, message):
-    data = shutil.copytree(trained / 'data', tmp_path / 'data')
-    settings = dict(data_dir=str(data), label_column='fine', val_fraction=0.25)
-    if missing == 'test':
-        (data / 'test.parquet').unlink()
-    else:
-        settings['val_fraction'] = 0.
+def test_the_recipe_needs_images_that_nothing_was_learned_from(trained, run, monkeypatch, capsys):
+    settings = dict(data_dir=str(trained / 'data'), label_column='fine', val_fraction=0.)
     (run / 'args.yaml').write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit):
         calibrate(monkeypatch, '--checkpoint', run, '--budget', 0.6)
-    assert message in capsys.readouterr().err
+    assert 'has no validation part of its own to choose on' in capsys.readouterr().err
+
+
+def test_without_a_test_part_nothing_is_measured_and_that_is_said(trained, run, tmp_path, monkeypatch, capsys):
+    data = shutil.copytree(trained / 'data', tmp_path / 'data')
+    (data / 'test.parquet').unlink()
+    settings = dict(data_dir=str(data), label_column='fine', val_fraction=0.25)
+    (run / 'args.yaml').write_text(yaml.safe_dump(settings))
+    calibrate(monkeypatch, '--checkpoint', run, '--budget', 0.95)
+    assert 'has no test part, so nothing was measured' in ' '.join(capsys.readouterr().out.split())
+    assert list(json.loads((run / 'early_exit.json').read_text())['images']) == ['validation']
 
 
 def test_a_sheet_may_be_empty_and_names_long(tmp_path):
