@@ -166,9 +166,9 @@ def check_slices(task: SelfDistillationTask, input_size: Sequence[int], batch_si
         if 'Expected more than 1 value per channel' not in str(e):
             raise
         raise ConfigError(
-            f'--batch-size {batch_size}: batch norm cannot take the variance of a single image, to which '
-            f'{model_name(task.get_eval_model())} shrinks the maps of one; with {slices} slices of a step (processes '
-            f'times --grad-accum-steps) pass {2 * slices} or more.'
+            f'--batch-size {batch_size}: batch norm cannot take the variance of a single image whose map '
+            f'{model_name(task.get_eval_model())} has shrunk to one pixel. Pass {2 * slices} or more, two images for '
+            f'each process and each of --grad-accum-steps.'
         ) from e
 
 
