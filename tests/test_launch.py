@@ -373,8 +373,8 @@ def test_of_several_processes_the_first_one_shows_its_traceback(capfd, monkeypat
 # What is found out before training
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(batch_size=1), r'--batch-size 1: batch norm cannot take the variance of a single image whose .*Pass 2 or more'),
-    (dict(batch_size=6, grad_accum_steps=6), '--batch-size 6: batch norm .* one pixel. Pass 12 or more, two images for each'),
+    (dict(batch_size=1), r'--batch-size 1: batch norm cannot take the variance of a single image .*Pass 2 or more'),
+    (dict(batch_size=6, grad_accum_steps=6), '--batch-size 6: batch norm .* one pixel. Pass 12 or more, two images'),
     (dict(model='vgg13_bn', exits=None, grad_checkpointing=True), '--grad-checkpointing: vgg13_bn has none; leave it'),
     (dict(opt='bnblion'), r'--opt bnblion: cannot be used on cpu: .*\. Choose another one, such as sgd or adamw'),
     (dict(opt='fusednovograd'), r'--opt fusednovograd: cannot be used on cpu: .*\. Choose another one'),

@@ -106,7 +106,7 @@ def test_words_ids_and_addresses_stay(text):
     ('checkpoint_path=runs', 'checkpoint_path=runs'),
     ('checkpoint_path=mine/runs', 'checkpoint_path=runs'),
     ('weights=mine/last.safetensors', 'weights=last.safetensors'),
-    ("x={'a': [('/root/b', 2)], '/root/c': None}", "x={'a': [('b', 2)], 'c': None}"),
+    ("x={'a': [('/home/b', 2)], '/home/c': None}", "x={'a': [('b', 2)], 'c': None}"),
     ("x=dict(file='/home/me/my files/y.pth', n=3)", "x=dict(file='y.pth', n=3)"),
     ('x=dict(file=/home/me/y.pth)', 'x=dict(file=y.pth)'),
     ("x={'file': 'C:\\temp\\new\\y.pth'}", "x={'file': 'y.pth'}"),
