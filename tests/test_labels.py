@@ -164,6 +164,13 @@ def test_splits_without_labels_or_images_are_named(tmp_path):
         read(tmp_path / 'c')
 
 
+def test_a_test_split_with_withheld_labels_alone_cannot_be_measured(tmp_path):
+    for name, feature in (('numbers', datasets.Value('int64')), ('classes', class_label('ab'))):
+        folder = write(tmp_path / name, feature, test=[-1, -1])
+        with pytest.raises(DataError, match=f'{name} has no labels: those of its only split, test, are all -1'):
+            read(folder, num_classes=2, class_names=['a', 'b'], known=True)
+
+
 # -- classes by name --------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 
-
 class ImageSplit(Dataset):
     """One part of a data set.
 
@@ -315,8 +314,10 @@ def load_image_data(
         if split == 'test' and all(key == -1 for key in keys[split]):
             del tables[split], keys[split]
             notes.append('left aside: the test split, as all of its labels are -1, which stands for withheld')
-    leading = next(iter(keys))
-    classes, told = find_classes(first.features[label_column], keys[leading], label_column, num_classes)
+    if not keys:
+        raise DataError(f'{name} has no labels: those of its only split, test, are all -1, which stands for withheld.')
+    classes, told = find_classes(
+        first.features[label_column], next(iter(keys.values())), label_column, num_classes)
     if known or class_names is not None:
         classes = classes_for(classes, class_names, num_classes or len(class_names), notes)
     else:
