@@ -10,28 +10,33 @@ from typing import Any, Dict, List, Literal, Optional, Tuple
 import tyro
 from rich.console import Console
 
-from timm_selfdistill.analyses import all_exits_loss, deepest_loss, gradient_sizes, scatter_ratios, weight_noise
-from timm_selfdistill.config import ConfigError
-from timm_selfdistill.data import DataError
-from timm_selfdistill.evaluation import (
-    SplitConfig,
-    TrainedNetwork,
-    choose_split,
-    list_checkpoints,
-    open_network,
-    print_rows,
-    short_names,
-    subset,
+from timm_selfdistill.errors import ConfigError, DataError
+from timm_selfdistill.evaluation.analyses import (
+    all_exits_loss,
+    deepest_loss,
+    gradient_sizes,
+    scatter_ratios,
+    weight_noise,
 )
-from timm_selfdistill.launch import run_command
-from timm_selfdistill.metrics import collect_logits, ensemble_logits, exit_names
-from timm_selfdistill.plots import (
+from timm_selfdistill.evaluation.plots import (
     plot_exit_bars,
     plot_gradient_sizes,
     plot_secondary_information,
     plot_weight_noise,
 )
-from timm_selfdistill.secondary import secondary_information
+from timm_selfdistill.evaluation.secondary import secondary_information
+from timm_selfdistill.evaluation.tables import print_rows, short_names
+from timm_selfdistill.evaluation.trained_network import (
+    SplitConfig,
+    TrainedNetwork,
+    choose_split,
+    list_checkpoints,
+    open_network,
+    subset,
+)
+from timm_selfdistill.metrics import collect_logits, ensemble_logits
+from timm_selfdistill.models.names import exit_names
+from timm_selfdistill.training.launch import run_command
 
 Analysis = Literal['noise', 'gradients', 'scatter', 'secondary']
 LOSSES = {'deepest exit': deepest_loss, 'sum of all exits': all_exits_loss}

@@ -14,23 +14,24 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from timm.data import resolve_data_config
 
-from timm_selfdistill.calibration import choose_point, compute_costs, measure_costs, single_exits
-from timm_selfdistill.config import ConfigError
-from timm_selfdistill.cpu import keep_freed_memory
-from timm_selfdistill.early_exit import EarlyExit
-from timm_selfdistill.evaluation import (
+from timm_selfdistill.costs import compute_costs, device_time, measure_costs
+from timm_selfdistill.errors import ConfigError
+from timm_selfdistill.evaluation.tables import print_rows
+from timm_selfdistill.evaluation.trained_network import (
     EvaluationConfig,
     TrainedNetwork,
     check_held_out,
     open_network,
-    print_rows,
     subset,
 )
-from timm_selfdistill.exit_rule import ExitRule
-from timm_selfdistill.hub import load_network
-from timm_selfdistill.metrics import device_time, exit_names
-from timm_selfdistill.multi_exit import MultiExit, shown_name
-from timm_selfdistill.stages import copy_model, count_macs, meta_probe
+from timm_selfdistill.hub.networks import load_network
+from timm_selfdistill.inference.calibration import choose_point
+from timm_selfdistill.inference.early_exit import EarlyExit
+from timm_selfdistill.models.exit_rule import ExitRule, single_exits
+from timm_selfdistill.models.multi_exit import MultiExit, shown_name
+from timm_selfdistill.models.names import exit_names
+from timm_selfdistill.models.probe import copy_model, count_macs, meta_probe
+from timm_selfdistill.training.cpu import keep_freed_memory
 
 TOLERATED = 0.01  # share of images that rounding may send another way: convolutions round by the size of their batch
 

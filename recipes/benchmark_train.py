@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from timm_selfdistill.config import TrainConfig
-from timm_selfdistill.hub import save_model
-from timm_selfdistill.loaders import Loaders
-from timm_selfdistill.metrics import device_time
-from timm_selfdistill.run import Run
-from timm_selfdistill.trainer import create_accelerator
+from timm_selfdistill.costs import device_time
+from timm_selfdistill.data.loaders import Loaders
+from timm_selfdistill.hub.networks import save_model
+from timm_selfdistill.training.run import Run
+from timm_selfdistill.training.trainer import create_accelerator
 
 Method = Literal['plain', 'deep-supervision', 'byot', 'kd']
 Batch = Tuple[torch.Tensor, torch.Tensor]

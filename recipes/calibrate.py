@@ -12,18 +12,20 @@ import torch
 import tyro
 from rich.console import Console
 
-from timm_selfdistill.calibration import Calibration, RunCosts, measure_thresholds, pareto, single_exits
-from timm_selfdistill.card import write_card
-from timm_selfdistill.config import ConfigError
-from timm_selfdistill.data import ImageData, ImageSplit, hold_out
-from timm_selfdistill.early_exit import EarlyExit, EarlyExitOutput
-from timm_selfdistill.evaluation import EvaluationConfig, TrainedNetwork, check_held_out, open_network, print_rows
-from timm_selfdistill.exit_rule import ExitRule, surety
-from timm_selfdistill.folders import is_complete
-from timm_selfdistill.launch import run_command
+from timm_selfdistill.costs import RunCosts
+from timm_selfdistill.data.image_data import ImageData, ImageSplit, hold_out
+from timm_selfdistill.errors import ConfigError
+from timm_selfdistill.evaluation.plots import plot_early_exit, plot_first_and_last
+from timm_selfdistill.evaluation.tables import print_rows
+from timm_selfdistill.evaluation.trained_network import EvaluationConfig, TrainedNetwork, check_held_out, open_network
+from timm_selfdistill.hub.card import write_card
+from timm_selfdistill.inference.calibration import Calibration, measure_thresholds, pareto
+from timm_selfdistill.inference.early_exit import EarlyExit, EarlyExitOutput
 from timm_selfdistill.metrics import collect_logits
-from timm_selfdistill.multi_exit import shown_name
-from timm_selfdistill.plots import plot_early_exit, plot_first_and_last
+from timm_selfdistill.models.exit_rule import ExitRule, single_exits, surety
+from timm_selfdistill.models.multi_exit import shown_name
+from timm_selfdistill.run_files import is_complete
+from timm_selfdistill.training.launch import run_command
 
 SHEET = 16  # images that left first, and as many that left last
 

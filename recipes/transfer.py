@@ -9,20 +9,14 @@ from typing import Any, Dict, List, Tuple
 import tyro
 from rich.console import Console
 
-from timm_selfdistill.analyses import linear_probe
-from timm_selfdistill.config import ConfigError
-from timm_selfdistill.data import DataError
-from timm_selfdistill.evaluation import (
-    EvaluationConfig,
-    TrainedNetwork,
-    list_checkpoints,
-    open_network,
-    print_rows,
-    short_names,
-)
-from timm_selfdistill.launch import run_command
-from timm_selfdistill.metrics import collect_features, exit_names
-from timm_selfdistill.plots import plot_exit_bars
+from timm_selfdistill.errors import ConfigError, DataError
+from timm_selfdistill.evaluation.analyses import linear_probe
+from timm_selfdistill.evaluation.plots import plot_exit_bars
+from timm_selfdistill.evaluation.tables import print_rows, short_names
+from timm_selfdistill.evaluation.trained_network import EvaluationConfig, TrainedNetwork, list_checkpoints, open_network
+from timm_selfdistill.metrics import collect_features
+from timm_selfdistill.models.names import exit_names
+from timm_selfdistill.training.launch import run_command
 
 
 @dataclasses.dataclass(kw_only=True)

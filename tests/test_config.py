@@ -3,7 +3,10 @@ import dataclasses
 import pytest
 import yaml
 
-from timm_selfdistill.config import PRESETS, ConfigError, TrainConfig, parse_train_config
+from timm_selfdistill.cli.options import parse_train_config
+from timm_selfdistill.config import TrainConfig
+from timm_selfdistill.errors import ConfigError
+from timm_selfdistill.training.presets import PRESETS
 
 
 def test_the_command_line_is_the_dataclass():

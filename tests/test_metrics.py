@@ -4,17 +4,17 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from timm_selfdistill.costs import exit_costs
 from timm_selfdistill.metrics import (
     ExitEvaluator,
     collect_features,
     collect_logits,
     ensemble_logits,
-    eval_mode,
     evaluate_exits,
-    exit_costs,
     exit_table,
     learn_ensemble,
 )
+from timm_selfdistill.models.probe import eval_mode
 
 
 def test_counts_loss_and_calibration_against_numpy():

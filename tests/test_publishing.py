@@ -5,17 +5,19 @@ import json
 import pytest
 import timm
 import yaml
-from conftest import write_two_colours
+from helpers.images import write_two_colours
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from timm_selfdistill import push, trainer
-from timm_selfdistill.config import INCIDENTAL, PLACES, ConfigError, TrainConfig
-from timm_selfdistill.hub import save_model
+from timm_selfdistill.config import INCIDENTAL, PLACES, TrainConfig
+from timm_selfdistill.errors import ConfigError
+from timm_selfdistill.hub import push
+from timm_selfdistill.hub.networks import save_model
+from timm_selfdistill.hub.push import stage
 from timm_selfdistill.publishing import place_name, public_settings, public_text
-from timm_selfdistill.push import stage
-from timm_selfdistill.records import make_record
+from timm_selfdistill.training import trainer
+from timm_selfdistill.training.records import make_record
 
 SECRET = ('annasfolder', 'hiddenproject')
 PATHS = (

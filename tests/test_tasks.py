@@ -6,8 +6,8 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 
-from timm_selfdistill.heads import EXIT_HEADS
 from timm_selfdistill.losses import distillation_loss
+from timm_selfdistill.models.heads import EXIT_HEADS
 from timm_selfdistill.tasks import SelfDistillationTask
 
 

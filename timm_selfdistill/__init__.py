@@ -1,13 +1,14 @@
 """Multi-exit, self-distilled networks for any timm model. Importing registers `<name>_sd` with timm."""
 from typing import Any
 
-from . import cifar, registry  # in this order: registry gives what it finds its `_sd` names
-from .heads import EXIT_HEADS
-from .multi_exit import MultiExit, add_exits
+from . import registry
+from .models import cifar
+from .models.heads import EXIT_HEADS
+from .models.multi_exit import MultiExit, add_exits
+from .models.stages import Stage, choose_exits, find_stages
+from .models.wrapper import checkpoint_filter_fn
 from .registry import register_pretrained
-from .stages import Stage, choose_exits, find_stages
 from .version import __version__
-from .wrapper import checkpoint_filter_fn
 
 __all__ = [
     'EXIT_HEADS',
@@ -27,6 +28,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == 'EarlyExit':  # brings timm's tasks along, a third of the time of importing all the rest
-        from .early_exit import EarlyExit
+        from .inference.early_exit import EarlyExit
         return EarlyExit
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,52 +1,17 @@
 """The flat dataclass that is the command line of `recipes/train.py`, and the YAML files that give its defaults."""
-import argparse
 import ast
 import dataclasses
-import difflib
 import math
-from pathlib import Path
-from typing import Any, Collection, Dict, FrozenSet, Iterable, List, Literal, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, FrozenSet, Literal, Optional, Tuple
 
-import tyro
-import yaml
+from .errors import ConfigError
 
-__all__ = [
-    'INCIDENTAL', 'PLACES', 'PRESETS', 'ConfigError', 'TrainConfig', 'nearest', 'parse_train_config', 'recipe_problem',
-]
+__all__ = ['DIGITS', 'INCIDENTAL', 'PLACES', 'TrainConfig']
 
-_AUTHORS = dict(
-    opt='momentum', momentum=0.9, lr=0.1, weight_decay=5e-4, decay_norms_and_biases=True, batch_size=128,
-    sched='multistep', decay_rate=0.1, warmup_epochs=0, crop='pad', hflip=0.5, mean=[0.4914, 0.4822, 0.4465],
-    std=[0.2023, 0.1994, 0.201], method='byot', temperature=3.0,
-)
-# What the authors of Be Your Own Teacher trained CIFAR-100 networks with, by their two published code bases. Their
-# hints are 5e-7 times a sum and 0.03 times a norm over 128 images. That is 5e-7 · 128 times the mean over images of
-# the sum over features, and 0.03 · √128 times the root of such a mean. By a comment in their later code the shallowest
-# exit has no hint; by the code itself it is the last exit before the deepest that has none.
-PRESETS: Dict[str, Dict[str, Any]] = {
-    'byot-scan': dict(
-        _AUTHORS, exit_head='bottleneck-attention', alpha=0.5, square_temperature=True, hint_weight=6.4e-5,
-        hint_form='sum', epochs=200, decay_milestones=[75, 130, 180],
-    ),
-    'byot-tpami': dict(
-        _AUTHORS, exit_head='separable-double', alpha=0.3, square_temperature=False, hint_weight=0.33941,
-        hint_form='norm', hint_exits='all-but-last', hint_linear=True, epochs=250, decay_milestones=[83, 166, 240],
-        aa='cifar10', cutout=16,
-    ),
-}
+DIGITS = 'digits'  # the data set when none is named
 
 # Shares of the cross entropy by default. They are not of equal softness: see losses.eta_for_top_score.
 _ETA = {'tsd': 0.6, 'label-smoothing': 0.9, 'confidence-penalty': 0.9}
-
-
-class ConfigError(ValueError):
-    """A setting cannot be used; the message names it and what is allowed."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Word a hint at the names closest to a mistyped one; empty if none comes close."""
-    close = difflib.get_close_matches(name, list(known), n=5)
-    return f'; the nearest names are {", ".join(close)}' if close else ''
 
 
 def _place(hub_id: bool = False) -> Any:
@@ -380,112 +345,3 @@ def _of_kind(kind: str) -> FrozenSet[str]:
 
 # Settings that leave the result as it is, and those that say where something lies.
 INCIDENTAL, PLACES = _of_kind('cosmetic'), _of_kind('path')
-
-
-def recipe_problem(
-        args: Path,
-        config: TrainConfig,
-        incidental: Collection[str] = (),
-        moved: bool = False,
-) -> Optional[str]:
-    """Compare a config with the `args.yaml` of a run; say why that run cannot be gone on with, None if it can.
-
-    Args:
-        args: The file.
-        config: The settings now.
-        incidental: More settings that may differ than `INCIDENTAL`.
-        moved: Folders of data and teacher may lie elsewhere, as on another machine; their own names count.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    try:
-        before = yaml.safe_load(args.read_text(encoding='utf-8'))
-    except yaml.YAMLError as e:
-        return f'whose args.yaml cannot be read: {e}'
-    if not before:  # killed before it was written
-        return None
-    before, now = {**TrainConfig().settings(), **before}, config.settings()
-    may_differ = {*INCIDENTAL, *incidental}
-    if config.streaming:
-        may_differ.discard('workers')  # each has its own share of a stream
-    if moved:
-        may_differ.update(name for name in PLACES if _same_folder(before[name], now[name]))
-    changed = [
-        f'--{name.replace("_", "-")} was {before[name]} and is {now[name]}'
-        for name in now if name not in may_differ and before[name] != now[name]
-    ]
-    return f'of another recipe: {"; ".join(changed)}' if changed else None
-
-
-def _same_folder(before: Optional[str], now: Optional[str]) -> bool:
-    return None not in (before, now) and Path(now).is_dir() and Path(before).name == Path(now).name
-
-
-def _read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
-    """Read settings; those of the file that `base` names, beside this one or further away, give way to them."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
-    except OSError as e:
-        raise ConfigError(f'--config {path}: {e.strerror}.') from e
-    except yaml.YAMLError as e:
-        raise ConfigError(f'--config {path}: not YAML: {e}') from e
-    if not isinstance(settings, dict):
-        raise ConfigError(f'--config {path}: expected lines of "name: value".')
-    base = settings.pop('base', None)
-    if base is None:
-        return settings
-    try:
-        return {**_read_yaml(Path(path).parent / str(base)), **settings}
-    except RecursionError as e:
-        raise ConfigError(f'--config {path}: base: {base} comes back to itself.') from e
-
-
-def _arguments(settings: Dict[str, Any], source: str) -> List[str]:
-    """Turn settings from elsewhere into command line arguments, so that one parser checks all."""
-    names = [f.name for f in dataclasses.fields(TrainConfig)]
-    arguments = []
-    for key, value in settings.items():
-        name = str(key).replace('-', '_')
-        if name not in names:
-            raise ConfigError(f'{source}: there is no setting {key}{nearest(name, names)}.')
-        option = f'--{name.replace("_", "-")}'
-        if isinstance(value, bool):
-            arguments.append(option if value else f'--no-{option[2:]}')
-        elif isinstance(value, dict):
-            arguments += [option, *(f'{k}={v}' for k, v in value.items())]
-        elif isinstance(value, (list, tuple)):
-            arguments += [option, *map(str, value)]
-        else:
-            arguments += [option, str(value)]
-    return arguments
-
-
-def parse_train_config(argv: Sequence[str]) -> TrainConfig:
-    """Read a `TrainConfig` from command line arguments; a `--preset` and `-c/--config` files give way to the rest.
-
-    Raises:
-        ConfigError: A setting is out of range, or a config file cannot be read.
-        SystemExit: An argument is unknown or has the wrong type; the reason has been printed.
-    """
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument('-c', '--config', action='append', default=[])
-    files.add_argument('--preset')
-    known, rest = files.parse_known_args(argv)
-    # tyro knows no option that may or may not have a value
-    for i in reversed([i for i, word in enumerate(rest) if word == '--push-to-hub']):
-        if i + 1 == len(rest) or rest[i + 1].startswith('--'):
-            rest.insert(i + 1, 'auto')
-    if known.preset not in (None, *PRESETS):
-        raise ConfigError(f'--preset {known.preset}: unknown, expected one of {", ".join(PRESETS)}.')
-    arguments = _arguments(PRESETS.get(known.preset, {}), f'--preset {known.preset}')
-    for path in known.config:
-        arguments += _arguments(_read_yaml(path), f'--config {path}')
-    config = tyro.cli(
-        TrainConfig,
-        args=arguments + rest,
-        description='Train a multi-exit network by self-distillation. -c/--config FILE reads defaults from YAML, '
-                    f'--preset {"|".join(PRESETS)} takes those of the authors of Be Your Own Teacher.',
-    )
-    config.check()
-    return config

@@ -13,20 +13,9 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    'EXIT_TEACHERS',
-    'EXIT_WEIGHTS',
-    'HINT_FORMS',
-    'TOLERANCES',
-    'confidence_penalty',
-    'distillation_loss',
-    'eta_for_top_score',
-    'exit_teachers',
-    'exit_weights',
-    'hint_loss',
-    'self_distillation_loss',
-    'supervision_terms',
-    'top_score_difference',
-    'uniform_divergence',
+    'EXIT_TEACHERS', 'EXIT_WEIGHTS', 'HINT_FORMS', 'TOLERANCES', 'confidence_penalty', 'distillation_loss',
+    'eta_for_top_score', 'exit_teachers', 'exit_weights', 'hint_loss', 'self_distillation_loss', 'supervision_terms',
+    'top_score_difference', 'uniform_divergence',
 ]
 
 EXIT_TEACHERS = ('deepest', 'ensemble', 'next', 'all')

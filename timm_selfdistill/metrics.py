@@ -1,23 +1,22 @@
 """What each exit is worth and what it costs."""
 import math
-import time
 from collections import OrderedDict
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Literal, Optional, Sequence, Tuple
+from dataclasses import asdict
+from typing import Any, Callable, Dict, Iterable, List, Literal, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.task import ClassificationEvaluator
 
-from .multi_exit import MultiExit
-from .stages import count_macs, meta_probe
+from .costs import ExitCost
+from .models.multi_exit import MultiExit
+from .models.names import exit_names
+from .models.probe import eval_mode
 
 __all__ = [
-    'ExitCost', 'ExitEvaluator', 'collect_features', 'collect_logits', 'device_time', 'ensemble_logits',
-    'eval_mode', 'evaluate_exits', 'exit_costs', 'exit_names', 'exit_table', 'learn_ensemble',
+    'ExitEvaluator', 'collect_features', 'collect_logits', 'ensemble_logits', 'evaluate_exits', 'exit_table',
+    'learn_ensemble',
 ]
 
 
@@ -140,37 +139,6 @@ class ExitEvaluator(ClassificationEvaluator):
         return metrics
 
 
-def exit_names(model: MultiExit) -> List[str]:
-    """Name the exits for tables and columns, shallow to deep, the ensemble last; a single exit makes no ensemble."""
-    return [f'exit{i}' for i in range(model.num_exits)] + ['ensemble'] * (model.num_exits > 1)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and afterwards each of its modules back into the mode it was in.
-
-    Other threads must not run the model meanwhile. Where all of it is in eval mode already nothing is touched.
-    """
-    modes = {module: module.training for module in model.modules()}
-    if not any(modes.values()):
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(modes[model])  # some modules drop what they keep for evaluation when they are told, so tell them
-        for module, training in modes.items():
-            module.training = training
-
-
-def device_time(device: torch.device) -> float:
-    """Return the time, in seconds, at which a device has done all that it was told."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 @torch.no_grad()
 def evaluate_exits(
         model: MultiExit,
@@ -247,40 +215,6 @@ def collect_features(
     Takes and returns what `collect_logits` does.
     """
     return _collect(model, lambda images: model.forward_exits(images, return_features=True)[1], batches, device)
-
-
-@dataclass(frozen=True)
-class ExitCost:
-    """What leaving at an exit costs.
-
-    Attributes:
-        params: Parameters of the network truncated there.
-        macs: Its multiply-adds for one image.
-        share: Its multiply-adds over those of the plain network.
-    """
-    params: int
-    macs: int
-    share: float
-
-
-def exit_costs(
-        model: MultiExit,
-        input_size: Optional[Tuple[int, int, int]] = None,
-) -> 'OrderedDict[str, ExitCost]':
-    """Count what each exit costs on its own, and what all of them together cost the ensemble.
-
-    Args:
-        model: The network.
-        input_size: Channels, height and width of an image; what the model was built for when None.
-    """
-    probe, x = meta_probe(model, input_size)
-    full, _ = count_macs(probe, x)
-    costs = OrderedDict()
-    networks: List[Tuple[nn.Module, Any]] = [(net, net) for net in map(probe.truncate, range(model.num_exits))]
-    for name, (net, forward) in zip(exit_names(model), [*networks, (probe, probe.forward_exits)]):
-        macs, _ = count_macs(forward, x)
-        costs[name] = ExitCost(sum(p.numel() for p in net.parameters()), macs, macs / max(full, 1))
-    return costs
 
 
 def exit_table(

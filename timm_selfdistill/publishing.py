@@ -1,13 +1,14 @@
 """What of a run's settings may be published: no places on a machine, nothing that the result does not depend on."""
 import ast
 import dataclasses
+import os
 import re
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
-from .config import TrainConfig
+from .config import DIGITS, TrainConfig
 
-__all__ = ['place_name', 'public_settings', 'public_text']
+__all__ = ['data_name', 'place_name', 'public_settings', 'public_text']
 
 _URL = re.compile(r'(?!file:)[a-z][a-z0-9+.-]+://\S+', re.IGNORECASE)
 _HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[\w.-]+')
@@ -113,3 +114,10 @@ def public_settings(settings: Dict[str, Any]) -> Dict[str, Any]:
         elif kind not in ('cosmetic', 'secret'):
             public[name] = _public(value, False)
     return public
+
+
+def data_name(dataset: Optional[str], data_dir: Optional[str]) -> str:
+    """Return what data opened with these settings are called."""
+    if dataset:
+        return place_name(dataset, hub_id=True)
+    return place_name(os.path.abspath(data_dir)) if data_dir else DIGITS

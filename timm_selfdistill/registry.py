@@ -11,10 +11,12 @@ import torch
 import torch.nn as nn
 from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 
-from .multi_exit import MultiExit
-from .pretrained import SOURCES, no_weights, organisation, resolve_weights
-from .stages import ExitSpec
-from .wrapper import SUFFIX, WEIGHT_KEYS, checkpoint_filter_fn, times
+from .hub.sources import SOURCES, no_weights, organisation, resolve_weights
+from .models import cifar  # noqa: F401  registers networks of its own, which get `_sd` names too
+from .models.multi_exit import MultiExit
+from .models.names import SUFFIX, WEIGHT_KEYS, times
+from .models.stages import ExitSpec
+from .models.wrapper import checkpoint_filter_fn
 
 __all__ = ['register_all', 'register_pretrained']
 

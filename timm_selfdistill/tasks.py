@@ -10,9 +10,10 @@ from timm.task import DistillationTeacher, TrainingTask, resolve_classification_
 from timm.utils import unwrap_model
 
 from .losses import EXIT_TEACHERS, EXIT_WEIGHTS, HINT_FORMS, TOLERANCES, exit_weights, self_distillation_loss
-from .multi_exit import MultiExit
-from .stages import meta_copy
-from .wrapper import model_name, nested_group_matcher
+from .models.multi_exit import MultiExit
+from .models.names import model_name
+from .models.probe import meta_copy
+from .models.wrapper import nested_group_matcher
 
 __all__ = ['SelfDistillationModule', 'SelfDistillationTask']
 

@@ -1,0 +1,222 @@
+#!/usr/bin/env python
+"""Train the rows of the CIFAR-100 table on one GPU: `python recipes/paper/run_rows.py --data-dir DATA --hours 8`.
+
+A row is a file of `recipes/cifar100` and a seed. Rows run one after the other, those that are complete are left alone,
+and when the time is up the one at work writes a checkpoint; the same command goes on, on another machine too if
+`--output` and `--results` are copied there. `python recipes/paper/table.py` prints what there is so far. What follows
+a `--` goes to `recipes/train.py` in every row: `-- --compile`. With several GPUs, start one driver for each, with rows
+or seeds of its own: `CUDA_VISIBLE_DEVICES=1 python recipes/paper/run_rows.py --seeds 1 ...`.
+"""
+import dataclasses
+import fnmatch
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List, Literal, Optional, Tuple
+
+import tyro
+
+from timm_selfdistill.cli.options import parse_train_config
+from timm_selfdistill.config import TrainConfig
+from timm_selfdistill.errors import ConfigError, nearest
+from timm_selfdistill.run_files import is_complete
+from timm_selfdistill.training.folders import recipe_problem
+from timm_selfdistill.training.launch import PREEMPTED, run_command
+from timm_selfdistill.training.records import append_record
+from timm_selfdistill.training.signals import StopSignals
+
+HERE = Path(__file__).parent
+RECIPES = HERE.parent
+ROWS = RECIPES / 'cifar100'
+
+# What is wanted first; of each line one seed of everything comes before the next seed.
+ORDER = (
+    ('resnet18_plain', 'resnet18_deep_supervision', 'resnet18_byot'),
+    ('resnet18_plain_later', 'resnet18_deep_supervision_later', 'resnet18_byot_later'),
+    (
+        'resnet50_plain', 'resnet50_deep_supervision', 'resnet50_byot', 'resnet50_plain_later',
+        'resnet50_deep_supervision_later', 'resnet50_byot_later',
+    ),
+    ('resnet110_generations', 'resnet110_generations_tsd'),
+    ('resnet18_*_best', 'resnet50_*_best'),
+    ('densenet100_12_*',),
+    ('vgg19_bn_*', 'wide_resnet20_8_*', 'resnext29_8x64d_*', 'pyramidnet101_a240_*', 'resnet101_*', 'resnet152_*'),
+    ('wide_resnet44_8_*', 'wide_resnet28_12_*'),
+)
+
+
+@dataclasses.dataclass
+class RowsConfig:
+    """Train rows of the CIFAR-100 table one after the other, until all are complete or the time is up."""
+
+    data_dir: Optional[str] = None
+    """Folder of CIFAR-100; when None, say where the data are behind the --, as in -- --dataset uoft-cs/cifar100."""
+    rows: Tuple[str, ...] = ()
+    """Rows to train, in this order: names of files in recipes/cifar100, patterns of them such as 'resnet18_*', or paths
+    of files. When none are given all of the table, ResNet-18 first."""
+    seeds: Tuple[int, ...] = (0, 1, 2)
+    """Seeds of every row."""
+    hours: Optional[float] = None
+    """Time after which no row begins and the one at work is told to write its checkpoint; leave it a few minutes for
+    that."""
+    precision: Literal['no', 'fp16', 'bf16'] = 'no'
+    """Mixed precision of all rows."""
+    output: str = 'output/cifar100'
+    """Folder of the runs and their logs."""
+    results: str = str(HERE / 'results' / 'cifar100.jsonl')
+    """File that every complete run appends its line to."""
+
+
+@dataclasses.dataclass
+class Job:
+    """One row and seed: its name, its folder and what it is started with."""
+
+    name: str
+    arguments: List[str]
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output) / self.config.experiment
+
+    def parts(self) -> List[Path]:
+        """Return the folders of the runs it consists of."""
+        generations = self.config.generations
+        return [self.folder] if generations is None else [
+            self.folder / f'generation{number}' for number in range(generations + 1)]
+
+    def complete(self) -> bool:
+        """Tell whether there is nothing left to do.
+
+        Raises:
+            ConfigError: The folder holds a run of other settings.
+        """
+        args = self.folder / 'args.yaml'
+        problem = recipe_problem(args, self.config, moved=True) if args.is_file() else None
+        if problem:
+            raise ConfigError(f'--output: {self.folder} holds a run {problem}; choose another folder.')
+        if self.config.generations is None:
+            return is_complete(self.folder)
+        table = self.folder / 'generations.csv'
+        lines = table.read_text(encoding='utf-8').splitlines() if table.is_file() else []
+        return len(lines) > len(self.parts()) and all(map(is_complete, self.parts()))
+
+    def tidy(self, results: Path) -> None:
+        """Make sure that the complete runs' lines are among the results, and drop checkpoints that nobody needs."""
+        for folder in self.parts():
+            try:
+                append_record(folder, results)
+            except OSError as e:
+                print(f'warning: {self.name}: no line in {results}: {e.filename}: {e.strerror}', flush=True)
+            shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+
+
+def find_rows(rows: Tuple[str, ...]) -> List[List[Path]]:
+    """Find the files of rows, in blocks that belong together.
+
+    Raises:
+        ConfigError: There is no such row.
+    """
+    known = sorted(path.stem for path in ROWS.glob('*_*.yaml'))  # what they stand on has names of one word
+    blocks = []
+    for block in [rows] if rows else ORDER:
+        paths = []
+        for row in block:
+            found = [ROWS / f'{name}.yaml' for name in fnmatch.filter(known, row)]
+            found = found or [Path(row)] * Path(row).is_file()
+            if not found:
+                raise ConfigError(f'--rows {row}: no such row in {ROWS} and no such file{nearest(row, known)}.')
+            paths += found
+        blocks.append(list(dict.fromkeys(paths)))
+    return blocks
+
+
+def plan(config: RowsConfig, options: List[str]) -> List[Job]:
+    """List what is to be done, in order.
+
+    Raises:
+        ConfigError: There is no such row, or its settings do not hold.
+    """
+    jobs: Dict[str, Job] = {}
+    for block in find_rows(config.rows):
+        parsed = {}
+        for seed in config.seeds:
+            for path in block:
+                name = f'{path.stem}-seed{seed}'
+                arguments = [
+                    '-c', str(path), '--recipe', path.stem, '--output', config.output, '--results', config.results,
+                    '--resume', 'auto', '--checkpoint-every', '10m', '--experiment', name,
+                    *(('--data-dir', config.data_dir) if config.data_dir else ()), *options, '--seed', str(seed),
+                ]
+                parsed[path] = parsed.get(path) or parse_train_config(arguments)
+                own = dataclasses.replace(parsed[path], seed=seed, experiment=name)
+                jobs.setdefault(name, Job(name, arguments, own))
+    return list(jobs.values())
+
+
+def train(job: Job, log: Path, environment: Dict[str, str], deadline: float, signals: StopSignals) -> bool:
+    """Train one row until it ends or the time is up; return whether it was told to stop."""
+    stopped = False
+    with log.open('ab') as f:
+        process = subprocess.Popen(
+            [sys.executable, str(RECIPES / 'train.py'), *job.arguments],
+            stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+        )
+        while process.poll() is None:
+            if not stopped and (signals.received or time.monotonic() > deadline):
+                process.terminate()
+                stopped = True
+            time.sleep(0.1)
+    return stopped
+
+
+def main() -> None:
+    cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
+    config = tyro.cli(RowsConfig, args=sys.argv[1:cut], description=__doc__)
+    started = time.monotonic()
+    deadline = started + 3600 * config.hours if config.hours is not None else float('inf')
+    jobs = plan(config, sys.argv[cut + 1:])
+    for job in jobs:  # settings that do not fit are told of now, not in some hours
+        job.complete()
+    output, results = Path(config.output), Path(config.results)
+    output.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ, ACCELERATE_MIXED_PRECISION=config.precision)  # as accelerate's launcher does
+    done, failed, left = [], [], []
+    with StopSignals() as signals:
+        for job in jobs:
+            log, began, stopped = output / f'{job.name}.log', time.monotonic(), False
+            complete = job.complete()
+            if not complete:
+                if signals.received or time.monotonic() > deadline:
+                    left.append(job.name)
+                    continue
+                print(f'{job.name}: begins or goes on, see {log}', flush=True)
+                stopped = train(job, log, environment, deadline, signals)
+                complete = job.complete()
+            if complete:
+                job.tidy(results)
+                done.append(job.name)
+                print(f'{job.name}: complete ({(time.monotonic() - began) / 3600:.2f} h)', flush=True)
+            elif stopped:
+                left.append(job.name)
+                print(f'{job.name}: told to stop after {(time.monotonic() - began) / 3600:.2f} h', flush=True)
+            else:
+                failed.append(job.name)
+                last = log.read_text(encoding='utf-8', errors='replace').splitlines()[-5:]
+                print('\n    '.join([f'{job.name}: failed; the last of {log}:', *last]), flush=True)
+    print(f'{len(done)} of {len(jobs)} complete, {len(failed)} failed, {len(left)} left.')
+    for word, names in (('failed', failed), ('left', left)):
+        if names:
+            print(f'{word}: {", ".join(names)}')
+    if left:
+        print(f'This goes on:\n    {shlex.join([Path(sys.executable).name, *sys.argv])}')
+        sys.exit(PREEMPTED)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == '__main__':
+    run_command(main)

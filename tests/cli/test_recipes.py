@@ -1,0 +1,99 @@
+"""The files of settings under recipes: they hold, and stay what they are called."""
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import PAPER, RECIPES
+from PIL import Image
+
+from timm_selfdistill.cli.options import parse_train_config
+
+ROWS = sorted(RECIPES.glob('cifar100/*_*.yaml'))
+PAPERS = (
+    'vgg19_bn', 'resnet18', 'resnet50', 'resnet101', 'resnet152', 'resnext29_8x64d', 'wide_resnet20_8',
+    'wide_resnet44_8', 'wide_resnet28_12', 'pyramidnet101_a240')
+METHODS = dict(plain='plain', deep_supervision='deep-supervision', byot='byot')
+
+
+def read(name):
+    return parse_train_config(['-c', str(RECIPES / f'{name}.yaml')])
+
+
+def row(network, method, recipe=''):
+    return read(f'cifar100/{network}_{method}{recipe}')
+
+
+@pytest.mark.parametrize('network', PAPERS)
+def test_a_network_of_the_paper_has_its_rows_and_four_exits(network):
+    for name, method in METHODS.items():
+        config = row(network, name)
+        assert (config.model, config.method) == (f'{network}_cifar', method)
+    for config in (row(network, 'byot'), row(network, 'byot', '_later')):
+        with torch.device('meta'):
+            model = timm.create_model(f'{config.model}_sd', exits=config.exits, exit_head=config.exit_head)
+        assert model.num_exits == 4
+
+
+@pytest.mark.parametrize('network', PAPERS)
+@pytest.mark.parametrize('recipe, preset', [('', 'byot-scan'), ('_later', 'byot-tpami')])
+def test_rows_are_the_authors_settings(network, recipe, preset):
+    config, expected = row(network, 'byot', recipe), parse_train_config(['--preset', preset])
+    own = dict(model=f'{network}_cifar', label_column='fine_label', val_fraction=0.0)
+    assert config.settings() == {**expected.settings(), **own}
+
+
+@pytest.mark.parametrize('network', ['resnet18', 'resnet50'])
+@pytest.mark.parametrize('recipe', ['', '_later', '_best'])
+def test_baselines_are_trained_like_what_they_stand_beside(network, recipe):
+    byot = row(network, 'byot', recipe).settings()
+    for name, method in METHODS.items():
+        assert {**row(network, name, recipe).settings(), 'method': 'byot'} == byot
+        assert row(network, name, recipe).method == method
+
+
+def test_the_packaged_network_has_a_baseline_trained_like_it():
+    packaged, plain = (read(f'cifar100/resnet20_packaged{kind}').settings() for kind in ('', '_plain'))
+    assert packaged['method'] == 'byot' and {**packaged, 'method': 'plain'} == plain
+
+
+@pytest.mark.parametrize('network', ['resnet110', 'densenet100_12'])
+def test_lines_of_generations_differ_in_their_patriarch(network):
+    plain, tolerant = (row(network, f'generations{kind}') for kind in ('', '_tsd'))
+    assert (plain.model, plain.patriarch, tolerant.patriarch) == (f'{network}_cifar', 'plain', 'tsd')
+    assert plain.generations >= 3 and plain.method == 'plain' and plain.superclass_column == 'coarse_label'
+    assert {**tolerant.settings(), 'patriarch': 'plain'} == plain.settings()
+    assert timm.is_model(plain.model)
+
+
+def test_the_driver_takes_every_row_once():
+    blocks = runpy.run_path(str(PAPER / 'run_rows.py'))['find_rows'](())
+    taken = [path.stem for block in blocks for path in block]
+    assert len(taken) == len(set(taken))
+    assert set(taken) == {path.stem for path in ROWS} - {'resnet20_packaged', 'resnet20_packaged_plain'}
+    assert taken[:6] == [f'resnet18_{method}{recipe}' for recipe in ('', '_later') for method in METHODS]
+    assert max(map(taken.index, ('resnet50_plain', 'resnet50_byot_later'))) < taken.index('resnet110_generations')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', [
+    path for path in sorted(RECIPES.glob('imagenet/*.yaml')) if path.stem != 'base'], ids=lambda path: path.stem)
+def test_imagenet_recipes_train_on_a_folder_of_images(path, tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (('train', 6), ('val', 2)):
+        for name in ('ant', 'bee', 'cat'):
+            (tmp_path / 'images' / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / 'images' / part / name / f'{i}.jpg')
+    out = subprocess.run(
+        [sys.executable, RECIPES / 'train.py', '-c', path, '--data-dir', tmp_path / 'images', '--epochs', '1',
+         '--img-size', '32', '--batch-size', '8', '--workers', '1', '--warmup-epochs', '0',
+         '--output', tmp_path / 'runs', '--experiment', 'run'],
+        capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert '18 train, 6 validation images; 3 classes: ant, bee, cat; seen at 3×32×32' in out.stdout
+    assert (tmp_path / 'runs' / 'run' / 'results.json').exists()

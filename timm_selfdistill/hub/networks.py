@@ -1,0 +1,131 @@
+"""Saves and loads networks in the format of timm and the Hugging Face Hub."""
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+
+from ..errors import ConfigError, WeightsError
+from ..models.multi_exit import MultiExit, add_exits
+from ..models.names import model_name
+from ..models.wrapper import BackboneWrapper
+from ..run_files import CONFIG_NAME, WEIGHTS_NAME
+from .sources import fetch_weights, read_source
+
+__all__ = ['class_names', 'load_checkpoint', 'load_network', 'names_of_run', 'save_model']
+
+
+def save_model(
+        model: nn.Module,
+        folder: Union[str, Path],
+        data_config: Optional[Dict[str, Any]] = None,
+        label_names: Optional[Sequence[str]] = None,
+        weights: Optional[Dict[str, torch.Tensor]] = None,
+) -> None:
+    """Write `model.safetensors` and `config.json`, from which timm loads the folder as `local-dir:<folder>`.
+
+    The classes stand in `num_classes` alone. timm would repeat them in `model_args`, which transformers' wrapper passes
+    on beside them.
+
+    Files already there are replaced only once the new ones are complete.
+
+    Args:
+        model: A timm model or `MultiExit`.
+        folder: Where to; created if needed.
+        data_config: Preprocessing that the weights expect, see `timm.data.resolve_data_config`.
+        label_names: Names of the classes.
+        weights: The model's state; its own when None.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model_config = dict(label_names=list(label_names)) if label_names else None
+    tensors: Dict[str, torch.Tensor] = {}
+    storages = set()
+    for key, tensor in (model.state_dict() if weights is None else weights).items():
+        # a layer used in several places (CoaT) has several names, under each of which it is loaded again
+        shared = tensor.untyped_storage().data_ptr() in storages
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[key] = tensor.clone() if shared else tensor.contiguous()
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
+        save_file(tensors, Path(beside, WEIGHTS_NAME))
+        path = Path(beside, CONFIG_NAME)
+        save_config_for_hf(model, path, model_config=model_config, data_config=data_config)
+        config = json.loads(path.read_text(encoding='utf-8'))
+        config.get('model_args', {}).pop('num_classes', None)
+        path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(Path(beside, name), folder / name)
+
+
+def load_network(checkpoint: str) -> Tuple[nn.Module, Optional[Path]]:
+    """Load a network with its weights, one with exits or any other of timm; nothing that comes along is executed.
+
+    Args:
+        checkpoint: Folder of a run, or a name that timm knows: `hf-hub:org/name`, `local-dir:folder`, `name.tag`.
+
+    Returns:
+        The network in eval mode, and the folder if it is a local one.
+
+    Raises:
+        FileNotFoundError: The folder lacks config or weights.
+        RuntimeError: timm does not know the name, or has no weights for it.
+        WeightsError: Config or weights cannot be used.
+    """
+    source, _, rest = checkpoint.partition(':')
+    path = Path(rest if source == 'local-dir' else checkpoint)
+    local = source == 'local-dir' or (source != 'hf-hub' and (path.exists() or '/' in checkpoint))
+    if local:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (path / name).is_file():
+                raise FileNotFoundError(
+                    f'there is no {name} in {path}. Expected the folder of a run, or a name of the form '
+                    f'hf-hub:org/name.'
+                )
+        checkpoint = f'local-dir:{path}'
+    if local or source == 'hf-hub':
+        try:
+            fetch_weights(read_source(checkpoint)[0], checkpoint)
+        except RepositoryNotFoundError as e:
+            raise WeightsError(
+                f'{checkpoint}: the Hub has no such repository, or it is private and your token does not open it.'
+            ) from e
+    return timm.create_model(checkpoint, pretrained=True).eval(), path if local else None
+
+
+def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
+    """Load a network for a recipe, see `load_network`; a plain one becomes a network of a single exit.
+
+    Raises:
+        ConfigError: It cannot be loaded, or is one that was cut off at an exit.
+    """
+    try:
+        model, path = load_network(checkpoint)
+        if not isinstance(model, BackboneWrapper):
+            model = add_exits(model, exits=()).eval()
+    except (HTTPError, OSError, RuntimeError, ValueError) as e:
+        raise ConfigError(f'--checkpoint {checkpoint}: {e}') from e
+    if not isinstance(model, MultiExit):
+        raise ConfigError(
+            f'--checkpoint {checkpoint}: {model_name(model)} was cut off at an exit; expected a whole network.')
+    return model, path
+
+
+def class_names(model: nn.Module) -> Optional[List[str]]:
+    """Return the names of a network's classes in their order, None where it has none."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    return list(names) if isinstance(names, (list, tuple)) else None
+
+
+def names_of_run(folder: Path) -> Optional[List[str]]:
+    """Return the names of the classes in the `config.json` of a run, None where there is none yet."""
+    try:
+        return json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8')).get('label_names')
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""Running a trained network no deeper than needed."""

@@ -1,0 +1,366 @@
+"""EarlyExit: runs each image only as deep as it needs."""
+import hashlib
+import logging
+import threading
+from dataclasses import dataclass, replace
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+
+import torch
+import torch.nn as nn
+from timm.utils import unwrap_model
+
+from ..costs import compute_costs, measure_costs
+from ..metrics import ExitEvaluator, collect_logits
+from ..models.exit_rule import ExitRule, Thresholds, follow_rule
+from ..models.multi_exit import MultiExit
+from ..models.names import model_name
+from ..models.probe import eval_view
+from .batches import read_batch
+from .calibration import Calibration, check_aim, choose_point, exit_curve, fit_temperatures
+from .runners import CompactingRun, choose_run
+
+__all__ = ['EarlyExit', 'EarlyExitOutput']
+
+_logger = logging.getLogger(__name__)
+
+Batches = Iterable[Any]
+
+_making_ready = threading.Lock()
+
+
+@dataclass(frozen=True)
+class EarlyExitOutput:
+    """What became of a batch, in the order in which the images came.
+
+    Attributes:
+        logits: Logits of the exit that each image took (N, num_classes), or the mean of those up to there; float32
+            where the network computes in half precision.
+        exit_index: Number of this exit (N,).
+        temperatures: Its temperature (N,).
+    """
+    logits: torch.Tensor
+    exit_index: torch.Tensor
+    temperatures: torch.Tensor
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """Calibrated probabilities (N, num_classes)."""
+        return (self.logits / self.temperatures[:, None]).softmax(-1)
+
+
+class _Ready:
+    """A view of a network in eval mode, and a way to run it, which nobody else runs.
+
+    Args:
+        model: The network; neither it nor its mode is touched.
+    """
+
+    def __init__(self, model: MultiExit):
+        self.view = eval_view(model)
+        self.run: CompactingRun = choose_run(self.view)
+        self.stages = model.stages
+        self.children = [(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules]
+        # graphs hold tensors and are made for one precision; whatever else runs finds those that the network has now
+        held = [named for m in model.modules() for named in (m._parameters, m._buffers)]
+        graphs = self.run.kind == 'graphs'
+        self.tensors = [(named, name, tensor) for named in held for name, tensor in named.items()] if graphs else []
+        self.kind = _kind(model) if graphs else None
+
+    def fits(self, model: MultiExit) -> bool:
+        """Say whether the network still has the modules that it had."""
+        return (
+            self.stages is model.stages
+            and all(tuple(now.values()) == children for now, children in self.children)
+            and all(named.get(name) is tensor for named, name, tensor in self.tensors)
+            and self.kind in (None, _kind(model))
+        )
+
+
+class EarlyExit:
+    """Runs each image only as deep as it needs.
+
+    One pass through the network: at each exit the images that are sure leave, the rest go on in a smaller batch; when
+    none is left the network stops. How they leave is found out by probing a copy with random weights: most networks
+    can be resumed behind the module that makes the map an exit takes (found by comparing outputs). Where something else
+    passes that place too, the network is cut into graphs, which takes some seconds here and ties it to the size of
+    images it was built for. Where that fails, whole batches run to the end; `repr` says so.
+
+    What runs is always the network in eval mode, in whatever mode it is, by a view of its own that shares parameters
+    and buffers. So any number of threads may call it, also while the network is trained; hooks on its modules are
+    called if they were there before the predictor.
+
+    Args:
+        model: The network. It is held, not copied. What torch.compile or DistributedDataParallel put around it is taken
+            off: images leave between its modules, which are not compiled here.
+        thresholds: Where an image is sure enough, see `ExitRule`. When this and all that follows are left out, the rule
+            that came with the model (`model.early_exit`) is taken; if it has none, no image leaves early.
+        criterion: What the thresholds are compared with, one of `CRITERIA`.
+        temperatures: One for each exit, see `ExitRule`.
+        ensemble: Let all exits passed so far decide together.
+
+    Attributes:
+        model: The network.
+        rule: The `ExitRule` in force.
+
+    Raises:
+        ValueError: A value does not fit the network, or it has no exits.
+    """
+
+    def __init__(
+            self,
+            model: MultiExit,
+            thresholds: Thresholds = None,
+            criterion: str = 'confidence',
+            temperatures: Optional[Sequence[float]] = None,
+            ensemble: bool = False,
+    ):
+        model = unwrap_model(model)
+        if not isinstance(model, MultiExit):
+            raise ValueError(f'{model_name(model)} has no exits to leave at: expected a model such as resnet50_sd.')
+        self.model = model
+        own = thresholds is None and criterion == 'confidence' and temperatures is None and not ensemble
+        if own and model.early_exit is not None:
+            self.rule = ExitRule.from_settings(model.early_exit, model.num_exits)
+        else:
+            self.rule = ExitRule(
+                model.num_exits, model.num_classes, thresholds, criterion, temperatures, ensemble)
+        self._ready = _Ready(model)
+        if not self.compacts:
+            _logger.warning(f'{model_name(model)}: {self._run.how}')
+        self._calibrated_on: Set[bytes] = set()
+
+    def __repr__(self) -> str:
+        sign = '<=' if self.rule.criterion == 'entropy' else '>='
+        if any(t is not None for t in self.rule.thresholds):
+            leave = ', '.join(
+                f'exit {i}: never' if t is None else f'exit {i}: {self.rule.criterion} {sign} {t:.4g}'
+                for i, t in enumerate(self.rule.thresholds)
+            )
+        else:
+            leave = 'no image leaves early'
+        ensemble = ', ensemble of the exits passed' if self.rule.ensemble else ''
+        return f'EarlyExit({model_name(self.model)}; {leave}{ensemble}; {self._run.how})'
+
+    @property
+    def compacts(self) -> bool:
+        """Whether images that leave are spared the rest of the network."""
+        return self._run.kind != 'whole'
+
+    @property
+    def _run(self) -> CompactingRun:
+        return self._ready.run
+
+    def _make_ready(self) -> _Ready:
+        """Return how to run the network as it is now.
+
+        Raises:
+            ValueError: It has other exits or classes than the rule was made for.
+        """
+        ready = self._ready
+        if not ready.fits(self.model):
+            now, then = (self.model.num_exits, self.model.num_classes), (self.rule.num_exits, self.rule.num_classes)
+            if now != then:
+                raise ValueError(
+                    f'{model_name(self.model)} has {now[0]} exits and {now[1]} classes now, the rule was made for '
+                    f'{then[0]} and {then[1]}: make a new EarlyExit.'
+                )
+            with _making_ready:
+                if not self._ready.fits(self.model):
+                    self._ready = _Ready(self.model)
+                ready = self._ready
+        return ready
+
+    def _put(self, images: torch.Tensor) -> torch.Tensor:
+        """Move images where the model is, in its precision."""
+        device, dtype = _kind(self.model)
+        return _check_images(images).to(device, dtype, non_blocking=True)
+
+    def __call__(self, images: torch.Tensor) -> EarlyExitOutput:
+        return self.run(images)
+
+    @torch.no_grad()
+    def run(self, images: torch.Tensor) -> EarlyExitOutput:
+        """Classify images, each by the first exit that is sure of it.
+
+        Args:
+            images: Images (N, C, H, W), preprocessed, where the model is; they are taken to its precision. The model
+                may be in any mode, which is of no account and stays.
+
+        Raises:
+            ValueError: There are no images, they are no floating point tensor of this shape or not of a size that the
+                network takes, some hold NaN, or the network has other exits or classes by now.
+        """
+        images = _check_images(images).to(_kind(self.model)[1])
+        run = self._make_ready().run
+        rule, heads = self.rule, self.model.exit_heads
+        here: Optional[torch.Tensor] = None  # rows of the images that are still in the batch, None for all
+        memory: Dict[str, torch.Tensor] = {}
+        taken = exits = None
+
+        def at_exit(number: int, logits: torch.Tensor) -> Optional[torch.Tensor]:
+            nonlocal here, memory, taken, exits
+            decided, sure, memory = rule.judge(number, logits, memory)
+            # what images that go on are given here a later exit overwrites, which costs less than to sort them out
+            if here is None:
+                taken, exits = decided, torch.full(decided.shape[:1], number, device=decided.device)
+            else:
+                taken[here], exits[here] = decided, number
+            if number == rule.num_exits - 1:
+                return None
+            rows = (sure >= rule.level(number)).logical_not().nonzero().squeeze(1)
+            if len(rows) == len(sure):
+                return None
+            here = rows if here is None else here[rows]
+            memory = {name: value[rows] for name, value in memory.items()}
+            return rows
+
+        # a head whose logits the next one takes runs in any case
+        wanted = [rule.asks(i) or any(h.takes_logits for h in heads[i + 1:]) for i in range(rule.num_exits)]
+        run(images, at_exit, wanted)
+        if taken.isnan().any():
+            self._explain_nan(images, taken)
+        return EarlyExitOutput(taken, exits, taken.new_tensor(rule.temperatures)[exits])
+
+    def _explain_nan(self, images: torch.Tensor, logits: torch.Tensor) -> None:
+        for what, tensor in (('images', images), ('logits', logits)):
+            rows = tensor.flatten(1).isfinite().all(1).logical_not().nonzero().squeeze(1).tolist()
+            if rows:
+                some = ', '.join(map(str, rows[:10])) + (', ...' if len(rows) > 10 else '')
+                raise ValueError(f'{what} {some} of {len(images)}: not finite, so no exit can be sure of them.')
+
+    def simulate(self, logits: Sequence[torch.Tensor]) -> EarlyExitOutput:
+        """Say what `run` would give, from logits that exist already; it saves nothing and runs nothing.
+
+        Args:
+            logits: Logits of every exit, each (N, num_classes), as `forward_exits` gives them.
+
+        Raises:
+            ValueError: There is not one tensor an exit, or their shapes are others.
+        """
+        expected = (len(logits[0]) if len(logits) else 0, self.rule.num_classes)
+        if len(logits) != self.rule.num_exits or any(tuple(z.shape) != expected for z in logits):
+            raise ValueError(
+                f'logits of the shapes {[tuple(z.shape) for z in logits]}: expected {self.rule.num_exits} times '
+                f'(N, {self.rule.num_classes}), one for each exit.'
+            )
+        decided, exits = follow_rule(self.rule, logits)
+        return EarlyExitOutput(decided, exits, decided.new_tensor(self.rule.temperatures)[exits])
+
+    def calibrate(
+            self,
+            loader: Batches,
+            budget: Optional[float] = None,
+            accuracy_drop: Optional[float] = None,
+            latency: Optional[float] = None,
+    ) -> Calibration:
+        """Choose temperatures and thresholds on held-out data.
+
+        The rule's criterion stays, and whether exits decide together. The new rule is in force at once and is noted in
+        the model (`model.early_exit`), so that it is saved with it.
+
+        Args:
+            loader: Images (N, C, H, W) and labels (N,) that neither training nor testing has to do with, as pairs or
+                dicts, see `read_batch`.
+            budget: Multiply-adds that an image may take in the mean, as a share of the plain network's. The most
+                accurate thresholds within it are chosen.
+            accuracy_drop: Percentage points of top-1 accuracy that may be lost against running everything to the end:
+                against the deepest exit, or with `ensemble` against all exits together. The cheapest thresholds that
+                do so are chosen.
+            latency: Milliseconds that an image may take in the mean, on this machine and in batches as the loader's
+                first; chosen like a budget, from the time that each part of the network is measured to take.
+
+        Returns:
+            The rule, what it comes to on these data, and the whole curve of accuracy over cost.
+
+        Raises:
+            ValueError: Not exactly one of the three is given, no thresholds reach it, there are no images, some are of
+                classes that the network does not know, or a batch cannot be read. Nothing is changed then.
+        """
+        check_aim(budget, accuracy_drop, latency)  # before all the work
+        seen: Set[bytes] = set()
+        first: List[torch.Tensor] = []
+
+        def checked() -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+            for batch in loader:
+                images, target = read_batch(batch, self.rule.num_classes)
+                seen.update(_digests(images))
+                images = self._put(images)
+                first[:] = first or [images]
+                yield images, target
+            if not first:
+                raise ValueError('There are no images.')
+
+        view = self._make_ready().view
+        logits, target = collect_logits(view, checked())
+        temperatures = fit_temperatures(logits, target, self.rule.ensemble)
+        rule = replace(self.rule, thresholds=None, temperatures=temperatures)
+        if latency is None:
+            costs = compute_costs(view, tuple(first[0].shape[1:]))
+        else:
+            costs = measure_costs(view, first[0])
+        curve = exit_curve(rule, logits, target, costs)
+        point = choose_point(curve, budget, accuracy_drop, latency)
+        self.rule = replace(rule, thresholds=point['thresholds'])
+        self.model.early_exit = self.rule.settings()
+        self._calibrated_on = seen
+        return Calibration(self.rule, point, curve, len(target), costs)
+
+    def evaluate(self, loader: Batches) -> Dict[str, Any]:
+        """Measure accuracy and cost by running images.
+
+        Args:
+            loader: Images (N, C, H, W) and labels (N,), as `calibrate` takes them.
+
+        Returns:
+            loss, top1, top5 and ece as of `metrics.ExitEvaluator`, with the temperatures applied; `count`; `cost`, the
+            multiply-adds of an image in the mean as a share of the plain network's; and `leaving`, the share of the
+            images that left at each exit.
+
+        Raises:
+            ValueError: The thresholds were calibrated on these images (more than 1 % of them; public test sets do hold
+                images of their training sets), there are none, some are of classes that the network does not know, or a
+                batch cannot be read.
+        """
+        device = _kind(self.model)[0]
+        evaluator = ExitEvaluator(device)
+        leaving = torch.zeros(self.rule.num_exits, dtype=torch.long)
+        size: Tuple[int, ...] = ()
+        known = 0
+        for batch in loader:
+            images, target = read_batch(batch, self.rule.num_classes)
+            known += sum(digest in self._calibrated_on for digest in _digests(images))
+            out = self.run(self._put(images))
+            evaluator.update(out.probabilities.log(), target.to(device, non_blocking=True))
+            leaving += out.exit_index.cpu().bincount(minlength=len(leaving))
+            size = tuple(images.shape[1:])
+        if not size:
+            raise ValueError('There are no images.')
+        count = leaving.sum().item()
+        if known > 0.01 * count:
+            raise ValueError(
+                f'{known} of {count} images are among those that the thresholds were chosen on: measured on them these '
+                f'would look better than they are. Keep the two parts apart.'
+            )
+        shares = (leaving / count).tolist()
+        costs = compute_costs(self._make_ready().view, size).of(self.rule)
+        cost = sum(share * cost for share, cost in zip(shares, costs))
+        return dict(evaluator.compute(), cost=cost, leaving=shares)
+
+
+def _kind(model: nn.Module) -> Tuple[torch.device, torch.dtype]:
+    like = next(model.parameters())
+    return like.device, like.dtype
+
+
+def _check_images(images: torch.Tensor) -> torch.Tensor:
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f'images of shape {tuple(images.shape)}: expected (N, C, H, W) with one image or more.')
+    if not images.is_floating_point():
+        raise ValueError(
+            f'images of {images.dtype}: expected floating point, as timm.data.create_transform() makes them.')
+    return images
+
+
+def _digests(images: torch.Tensor) -> List[bytes]:
+    pixels = images.detach().cpu().float().numpy()
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]

@@ -1,0 +1,260 @@
+"""From a config to the network and the task that it describes."""
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import resolve_data_config
+from timm.models import split_model_name_tag
+from timm.optim import get_optimizer_info
+
+from ..config import TrainConfig
+from ..costs import exit_costs
+from ..data.image_data import ImageData
+from ..data.labels import match_classes
+from ..errors import ConfigError, DataError, nearest, reason_of
+from ..hub.networks import class_names, load_network
+from ..models.multi_exit import MultiExit
+from ..models.names import SUFFIX, model_name
+from ..models.probe import count_macs, meta_copy
+from ..tasks import SelfDistillationTask
+
+__all__ = ['LOOKAHEAD', 'build_model', 'build_task', 'check_optimizer', 'check_slices', 'resolve_model_name']
+
+# timm's prefix of the names of optimizers that look ahead (Zhang et al., NeurIPS 2019, arXiv 1907.08610).
+LOOKAHEAD = 'lookahead_'
+
+
+def resolve_model_name(model: str) -> Tuple[str, str]:
+    """Split `--model` into the registered multi-exit name and the tag of the backbone's weights, '' without.
+
+    Raises:
+        ConfigError: timm has no such model; the message offers the nearest names.
+    """
+    base, tag = split_model_name_tag(model)
+    base = base.removesuffix(SUFFIX)
+    if timm.is_model(base + SUFFIX):
+        return base + SUFFIX, tag
+    names = (name for name in timm.list_models() if not name.endswith(SUFFIX))
+    raise ConfigError(f'--model {model}: timm has no such model{nearest(base, names)}.')
+
+
+def _image_size(config: TrainConfig, cfg: Any, data: ImageData) -> int:
+    own = cfg.input_size[-1]
+    if config.img_size:
+        return config.img_size
+    if cfg.fixed_input_size or config.backbone_pretrained:
+        return own
+    smallest = cfg.min_input_size[-1] if cfg.min_input_size else 32
+    return min(own, max(smallest, *data.image_size))
+
+
+def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[str, Any]]:
+    """Create the network that a config asks for, and the preprocessing that goes with it.
+
+    Returns:
+        The network, and a data config as `timm.data.resolve_data_config` makes them.
+
+    Raises:
+        ConfigError: The model is unknown, has fewer classes than the data, or refuses its arguments or image size.
+    """
+    name, tag = resolve_model_name(config.model)
+    num_classes = config.num_classes or data.num_classes
+    if num_classes < data.num_classes:
+        raise ConfigError(
+            f'--num-classes {num_classes}: {data.name} has {data.num_classes} classes, the model needs as many or more.'
+        )
+    cfg = timm.get_pretrained_cfg(name)
+    size = _image_size(config, cfg, data)
+    arguments = dict(
+        num_classes=num_classes,
+        in_chans=config.in_chans,
+        img_size=size if cfg.fixed_input_size and size != cfg.input_size[-1] else None,
+        exits=config.exits if config.has_exits else (),
+        exit_head=config.exit_head,
+        backbone_pretrained=(tag or True) if config.backbone_pretrained else None,
+        drop_rate=config.drop,
+        drop_path_rate=config.drop_path,
+    )
+    own = config.model_arguments()
+    arguments.update(own)
+    path = arguments.pop('checkpoint_path', None)
+    given = ', '.join(f'{k}={v}' for k, v in arguments.items() if v is not None)
+    try:
+        model = timm.create_model(name, **arguments)
+        if not isinstance(model, MultiExit):
+            raise ConfigError(
+                f'--model-kwargs {" ".join(config.model_kwargs)}: with this --model {config.model} becomes one of the '
+                f'kind {type(model).__name__}, which has no exits to train; leave out what cuts the network.'
+            )
+        exit_costs(model, (config.in_chans, size, size))  # a forward pass on the meta device
+    except ConfigError:
+        raise
+    except Exception as e:
+        # what is passed on to the network unchecked may fail there in any way
+        if not own and not isinstance(e, (AssertionError, TypeError, ValueError, RuntimeError)):
+            raise
+        raise ConfigError(
+            f'--model {config.model}: {reason_of(e)} (with {given}; images of {size}×{size})') from e
+    if path:
+        _load_checkpoint(model, str(path))
+    grey = config.in_chans == 1 and len(cfg.mean) != 1
+    data_config = resolve_data_config(
+        dict(
+            input_size=(config.in_chans, size, size),
+            mean=config.mean or ([sum(cfg.mean) / len(cfg.mean)] if grey else None),
+            std=config.std or ([sum(cfg.std) / len(cfg.std)] if grey else None),
+            crop_pct=1.0 if max(data.image_size) <= size else None,
+        ),
+        model=model,
+    )
+    return model, data_config
+
+
+def _load_checkpoint(model: nn.Module, path: str) -> None:
+    """Load the weights that `checkpoint_path` among the model's arguments names, as timm does, which says less.
+
+    Raises:
+        ConfigError: There are none, or they do not fit.
+    """
+    if not Path(path).is_file():
+        problem = 'this is a folder, a file is needed' if Path(path).is_dir() else 'there is no such file'
+        raise ConfigError(f'--model-kwargs checkpoint_path={path}: {problem}. Check the path.')
+    try:
+        timm.models.load_checkpoint(model, path)
+    except Exception as e:  # whatever a file may hold
+        raise ConfigError(
+            f'--model-kwargs checkpoint_path={path}: these are no weights of {model_name(model)}: {reason_of(e)}. '
+            f'Take a file that was saved from the same network.'
+        ) from e
+
+
+def check_slices(task: SelfDistillationTask, input_size: Sequence[int], batch_size: int, slices: int) -> None:
+    """Check that batch norm can normalise a slice of a step, by a forward pass on the meta device.
+
+    Args:
+        task: What is trained.
+        input_size: Channels, height and width of the images.
+        batch_size: Images of a step.
+        slices: Pieces of it that go through the network by themselves.
+
+    Raises:
+        ConfigError: A slice is one image, and a map has one pixel: that is one value to take a variance of.
+    """
+    if batch_size // slices > 1:
+        return
+    probe = meta_copy(task.trainable_module).train()
+    try:
+        probe(torch.empty((1, *input_size), device='meta'))
+    except ValueError as e:
+        if 'Expected more than 1 value per channel' not in str(e):
+            raise
+        raise ConfigError(
+            f'--batch-size {batch_size}: batch norm cannot take the variance of a single image whose map '
+            f'{model_name(task.get_eval_model())} has shrunk to one pixel. Pass {2 * slices} or more, two images for '
+            f'each process and each of --grad-accum-steps.'
+        ) from e
+
+
+def check_optimizer(create: Callable[[nn.Module], torch.optim.Optimizer], name: str, device: torch.device) -> None:
+    """Let an optimizer make a step with a convolution and a linear layer.
+
+    Raises:
+        ConfigError: It cannot be had on this device or with these settings.
+    """
+    info = get_optimizer_info(name.removeprefix(LOOKAHEAD))
+    if info.second_order:
+        raise ConfigError(
+            f'--opt {name}: needs gradients of gradients, which are not computed here. Choose another one, such as '
+            f'sgd or adamw.'
+        )
+    network = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Flatten(), nn.Linear(4, 2)).to(device)
+    try:
+        optimizer = create(network)
+        network(torch.ones((2, 2, 1, 1), device=device)).square().mean().backward()
+        optimizer.step()
+    except Exception as e:  # of libraries that timm knows and this package does not
+        raise ConfigError(
+            f'--opt {name}: cannot be used on {device.type}: {reason_of(e)}. Choose another one, such as sgd or adamw.'
+        ) from e
+
+
+def _open_teacher(
+        config: TrainConfig,
+        data_config: Dict[str, Any],
+        num_classes: int,
+        data: Optional[ImageData],
+) -> Tuple[Optional[nn.Module], Optional[List[int]]]:
+    """Load the network that `--teacher` names, if any, and find the student's classes among its own, by name.
+
+    Raises:
+        ConfigError: There is none, or it does not take the student's images, or does not know its classes.
+    """
+    if config.teacher is None:
+        return None, None
+    try:
+        teacher = load_network(config.teacher)[0]
+        size = data_config['input_size']
+        count_macs(meta_copy(teacher), torch.empty((1, *size), device='meta'))
+    except (AssertionError, OSError, RuntimeError, ValueError) as e:
+        raise ConfigError(f'--teacher {config.teacher}: {e}') from e
+    names, known = data.label_names if data is not None else None, class_names(teacher)
+    if names is None or known is None or len(names) != num_classes:  # the task checks their numbers
+        if data is not None:
+            data.notes.append(
+                f'the classes of {config.teacher} and of the data cannot be compared by name; their numbers are taken '
+                f'to mean the same'
+            )
+        return teacher, None
+    try:
+        return teacher, match_classes(known, names, teacher.num_classes, num_classes, 'The network')
+    except DataError as e:
+        raise ConfigError(f'--teacher {config.teacher}: {e}') from e
+
+
+def build_task(
+        config: TrainConfig,
+        model: MultiExit,
+        device: torch.device,
+        data_config: Dict[str, Any],
+        data: Optional[ImageData] = None,
+) -> SelfDistillationTask:
+    """Create the task that a method names; a teacher's classes are matched with those of the data by name.
+
+    Raises:
+        ConfigError: The settings or the teacher do not fit the model.
+    """
+    distil = config.method == 'byot'
+    if config.patriarch == 'tsd' and config.tsd_k > model.num_classes:
+        raise ConfigError(
+            f'--tsd-k {config.tsd_k}: expected a number from 2 to {model.num_classes}, the number of classes.')
+    teacher, teacher_classes = _open_teacher(config, data_config, model.num_classes, data)
+    try:
+        return SelfDistillationTask(
+            model,
+            criterion_kwargs=dict(smoothing=config.smoothing, soft_targets=config.mixup > 0 or config.cutmix > 0),
+            alpha=config.alpha if distil else 0.,
+            alpha_end=config.alpha_end if distil else None,
+            temperature=config.temperature,
+            temperature_end=config.temperature_end,
+            square_temperature=config.square_temperature,
+            hint_weight=config.hint_weight if distil else 0.,
+            hint_weight_end=config.hint_weight_end if distil else None,
+            hint_on=config.hint_on,
+            hint_form=config.hint_form,
+            hint_exits=config.hint_exits,
+            hint_linear=config.hint_linear,
+            exit_teacher=config.exit_teacher,
+            weighting=config.exit_weights,
+            teacher=teacher,
+            teacher_classes=teacher_classes,
+            mean=data_config['mean'],
+            std=data_config['std'],
+            device=device,
+            verbose=False,
+            **config.teaching(),
+        )
+    except ValueError as e:
+        option = f'--model {config.model}' if config.teacher is None else f'--teacher {config.teacher}'
+        raise ConfigError(f'{option}: {e}') from e
