@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Literal, Optional, Tuple
 import tyro
 from rich.console import Console
 
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.errors import ConfigError, DataError
 from timm_selfdistill.evaluation.analyses import (
     all_exits_loss,
@@ -36,7 +37,6 @@ from timm_selfdistill.evaluation.trained_network import (
 )
 from timm_selfdistill.metrics import collect_logits, ensemble_logits
 from timm_selfdistill.models.names import exit_names
-from timm_selfdistill.training.launch import run_command
 
 Analysis = Literal['noise', 'gradients', 'scatter', 'secondary']
 LOSSES = {'deepest exit': deepest_loss, 'sum of all exits': all_exits_loss}

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.benchmark import Timer
 
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.evaluation.trained_network import check_device
 from timm_selfdistill.models.probe import count_macs, meta_copy
-from timm_selfdistill.training.launch import run_command
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.costs import RunCosts
 from timm_selfdistill.data.image_data import ImageData, ImageSplit, hold_out
 from timm_selfdistill.errors import ConfigError
@@ -25,7 +26,6 @@ from timm_selfdistill.metrics import collect_logits
 from timm_selfdistill.models.exit_rule import ExitRule, single_exits, surety
 from timm_selfdistill.models.multi_exit import shown_name
 from timm_selfdistill.run_files import is_complete
-from timm_selfdistill.training.launch import run_command
 
 SHEET = 16  # images that left first, and as many that left last
 

@@ -8,13 +8,13 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.costs import exit_costs
 from timm_selfdistill.errors import ConfigError
 from timm_selfdistill.evaluation.tables import render_table
 from timm_selfdistill.evaluation.trained_network import SplitConfig, choose_split, open_network
 from timm_selfdistill.metrics import collect_logits, ensemble_logits, evaluate_exits, exit_table, learn_ensemble
 from timm_selfdistill.models.multi_exit import shown_name
-from timm_selfdistill.training.launch import run_command
 
 
 @dataclasses.dataclass(kw_only=True)

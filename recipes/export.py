@@ -6,9 +6,9 @@ from typing import Literal, Optional
 
 import tyro
 
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.hub.networks import load_checkpoint
 from timm_selfdistill.inference.export import export_network
-from timm_selfdistill.training.launch import run_command
 
 
 @dataclasses.dataclass(kw_only=True)

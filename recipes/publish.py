@@ -6,8 +6,8 @@ from typing import Optional
 import tyro
 from huggingface_hub import constants
 
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.hub.push import push_to_hub
-from timm_selfdistill.training.launch import run_command
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -13,9 +13,9 @@ if __name__ == '__main__':  # the imports take seconds, and a signal amid them w
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
 
+from timm_selfdistill.cli.launch import relaunch_on_cpu, run_command
 from timm_selfdistill.cli.options import parse_train_config
 from timm_selfdistill.training.generations import train_generations
-from timm_selfdistill.training.launch import relaunch_on_cpu, run_command
 from timm_selfdistill.training.trainer import train
 
 

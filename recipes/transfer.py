@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Tuple
 import tyro
 from rich.console import Console
 
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.errors import ConfigError, DataError
 from timm_selfdistill.evaluation.analyses import linear_probe
 from timm_selfdistill.evaluation.plots import plot_exit_bars
@@ -16,7 +17,6 @@ from timm_selfdistill.evaluation.tables import print_rows, short_names
 from timm_selfdistill.evaluation.trained_network import EvaluationConfig, TrainedNetwork, list_checkpoints, open_network
 from timm_selfdistill.metrics import collect_features
 from timm_selfdistill.models.names import exit_names
-from timm_selfdistill.training.launch import run_command
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -151,5 +151,5 @@ def test_every_kind_is_in_a_fields_metadata():
 
 
 def test_the_data_set_of_a_card_has_to_be_an_id(finished, tmp_path):
-    with pytest.raises(ConfigError, match='--dataset /home/me/pets: expected the id of a data set on the Hub'):
+    with pytest.raises(ConfigError, match='`dataset=/home/me/pets`: expected the id of a data set on the Hub'):
         stage(finished[0], tmp_path, 'hf-hub:org/name', dataset_id='/home/me/pets')

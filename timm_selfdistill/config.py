@@ -234,7 +234,7 @@ class TrainConfig:
         for pair in self.model_kwargs:
             key, equals, text = pair.partition('=')
             if not equals or not key.isidentifier():
-                raise ConfigError(f'--model-kwargs {pair}: expected key=value.')
+                raise ConfigError(f'`model_kwargs={pair}`: expected key=value.')
             try:
                 arguments[key] = ast.literal_eval(text)
             except (SyntaxError, ValueError):
@@ -251,7 +251,7 @@ class TrainConfig:
         except ValueError:
             value = 0
         if not 0 < value < math.inf:
-            raise ConfigError(f'--checkpoint-every {text}: expected steps, as in 500, or minutes, as in 10m.')
+            raise ConfigError(f'`checkpoint_every={text}`: expected steps, as in 500, or minutes, as in 10m.')
         return (None, 60. * value) if text.endswith('m') else (value, None)
 
     def settings(self) -> Dict[str, Any]:
@@ -275,21 +275,21 @@ class TrainConfig:
             value, high = getattr(self, name), at_most.get(name)
             if value is not None and not low <= value <= (math.inf if high is None else high) or value == math.inf:
                 allowed = f'a number of {low} or more' if high is None else f'a number from {low} to {high}'
-                raise ConfigError(f'--{name.replace("_", "-")} {value}: expected {allowed}.')
+                raise ConfigError(f'`{name}={value}`: expected {allowed}.')
         for name in ('temperature', 'temperature_end', 'teacher_temperature'):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f'--{name.replace("_", "-")} {value}: expected more than 0.')
+                raise ConfigError(f'`{name}={value}`: expected more than 0.')
         if self.in_chans not in (1, 3):
-            raise ConfigError(f'--in-chans {self.in_chans}: expected 3 (colour) or 1 (grey).')
+            raise ConfigError(f'`in_chans={self.in_chans}`: expected 3 (colour) or 1 (grey).')
         for name in ('mean', 'std'):
             values = getattr(self, name)
             if values is not None and len(values) not in (1, self.in_chans):
-                raise ConfigError(f'--{name} {" ".join(map(str, values))}: expected 1 or {self.in_chans} numbers.')
+                raise ConfigError(f'`{name}={" ".join(map(str, values))}`: expected 1 or {self.in_chans} numbers.')
         if self.std is not None and not min(self.std) > 0:
-            raise ConfigError(f'--std {" ".join(map(str, self.std))}: expected numbers greater than 0.')
+            raise ConfigError(f'`std={" ".join(map(str, self.std))}`: expected numbers greater than 0.')
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f'--scale {self.scale[0]} {self.scale[1]}: expected two rising numbers from 0 to 1.')
+            raise ConfigError(f'`scale={self.scale[0]} {self.scale[1]}`: expected two rising numbers from 0 to 1.')
         self.model_arguments()
         self.checkpoint_interval()
         self._check_data()
@@ -298,34 +298,34 @@ class TrainConfig:
     def _check_data(self) -> None:
         """Raise ConfigError for settings about data that exclude or need each other."""
         if self.images_per_epoch is not None and not self.streaming:
-            raise ConfigError(f'--images-per-epoch {self.images_per_epoch}: goes with --streaming only.')
+            raise ConfigError(f'`images_per_epoch={self.images_per_epoch}`: goes with `streaming` only.')
         if self.streaming and self.loader == 'device':
-            raise ConfigError('--loader device: streamed data are not kept; leave out --streaming or pass workers.')
+            raise ConfigError('`loader=device`: streamed data are not kept; leave out `streaming` or pass workers.')
         for name in ('generations', 'superclass_column'):
             if self.streaming and getattr(self, name) is not None:
-                option = f'--{name.replace("_", "-")} {getattr(self, name)}'
-                raise ConfigError(f'{option}: needs data that are not streamed; leave out --streaming.')
+                raise ConfigError(
+                    f'`{name}={getattr(self, name)}`: needs data that are not streamed; leave out `streaming`.')
 
     def _check_teaching(self) -> None:
         """Raise ConfigError for settings about teachers that exclude or need each other."""
         if self.method == 'kd' and self.teacher is None:
-            raise ConfigError('--method kd: pass --teacher, the network that teaches.')
+            raise ConfigError('`method=kd`: pass `teacher`, the network that teaches.')
         if self.teacher is not None and self.patriarch != 'plain':
             raise ConfigError(
-                f'--patriarch {self.patriarch}: a patriarch has no teacher, and --teacher {self.teacher} was given.'
+                f'`patriarch={self.patriarch}`: a patriarch has no teacher, and `teacher={self.teacher}` was given.'
             )
         if self.teacher is not None and self.generations is not None:
             raise ConfigError(
-                f'--teacher {self.teacher}: with --generations {self.generations} each generation teaches the next.')
+                f'`teacher={self.teacher}`: with `generations={self.generations}` each generation teaches the next.')
         for name in ('label_weight', 'teacher_temperature'):
             if getattr(self, name) is not None and self.teacher is None and self.generations is None:
-                option = f'--{name.replace("_", "-")} {getattr(self, name)}'
-                raise ConfigError(f'{option}: there is no teacher; pass --teacher or --generations.')
+                raise ConfigError(
+                    f'`{name}={getattr(self, name)}`: there is no teacher; pass `teacher` or `generations`.')
         if self.eta is not None and self.patriarch == 'plain':
             others = ', '.join(_ETA)
-            raise ConfigError(f'--eta {self.eta}: --patriarch plain has the cross entropy alone; others are {others}.')
+            raise ConfigError(f'`eta={self.eta}`: `patriarch=plain` has the cross entropy alone; others are {others}.')
         if self.resume is not None and self.generations is not None and self.experiment is None:
-            raise ConfigError('--resume auto: pass --experiment, the name of the generations to go on with.')
+            raise ConfigError('`resume=auto`: pass `experiment`, the name of the generations to go on with.')
 
     def teaching(self) -> Dict[str, Any]:
         """Return what the settings say about labels, tolerance and teacher, defaults filled in."""

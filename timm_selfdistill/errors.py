@@ -1,12 +1,16 @@
 """Exceptions whose message is a sentence for the user: what is wrong, where, and what to do."""
 import difflib
-from typing import Iterable, Optional
+import re
+from typing import Dict, Iterable, Optional
 
 __all__ = [
-    'CheckpointError', 'ConfigError', 'DataError', 'ExportError', 'HubError', 'NonFiniteLossError', 'Preempted',
-    'SplitError', 'StreamError', 'UnreadableImageError', 'WeightsError', 'WorkerDiedError', 'counted', 'nearest',
-    'os_error_behind', 'reason_of',
+    'SETTING', 'CheckpointError', 'ConfigError', 'DataError', 'ExportError', 'HubError', 'NonFiniteLossError',
+    'Preempted', 'SplitError', 'StreamError', 'UnreadableImageError', 'UserError', 'WeightsError', 'WorkerDiedError',
+    'counted', 'nearest', 'os_error_behind', 'reason_of',
 ]
+
+# A setting in a message, with its value where one is named.
+SETTING = re.compile(r'`([a-z]\w*)(?:=([^`]*))?`')
 
 # Errors that are raised with a sentence; others, such as KeyError, need their name to be understood.
 _SPEAKING = (AssertionError, RuntimeError, TypeError, ValueError)
@@ -24,11 +28,30 @@ def counted(number: int, noun: str) -> str:
     return f'{number:,} {noun}{"" if number == 1 else "s"}'
 
 
-class DataError(ValueError):
+class UserError(Exception):
+    """What a user can mend: the message names the setting and its value in backticks, and says what is allowed.
+
+    A setting stands there as in Python: `batch_size=0`, or `batch_size` alone. The command line shows it as an option,
+    `--batch-size 0`. The text holds all, as exceptions travel between processes as text.
+
+    Attributes:
+        settings: The settings that the message names with a value, as text, by name.
+
+    >>> error = ConfigError('`batch_size=0`: expected a number of 1 or more.')
+    >>> error.settings
+    {'batch_size': '0'}
+    """
+
+    @property
+    def settings(self) -> Dict[str, str]:
+        return {name: value for name, value in SETTING.findall(str(self)) if value}
+
+
+class DataError(UserError, ValueError):
     """The data cannot be used as they are; the message says what, where and what to do."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A setting cannot be used; the message names it and what is allowed."""
 
 
@@ -38,11 +61,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f'; the nearest names are {", ".join(close)}' if close else ''
 
 
-class NonFiniteLossError(FloatingPointError):
+class NonFiniteLossError(UserError, FloatingPointError):
     """The loss or one of its terms became infinite or not a number."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint, or the weights, could not be written; the message says where and why."""
 
     local = True  # only the process that writes knows
@@ -55,11 +78,11 @@ def os_error_behind(error: BaseException) -> Optional[OSError]:
     return error
 
 
-class Preempted(RuntimeError):
+class Preempted(UserError, RuntimeError):
     """Training was asked to stop and has; the message says how to go on."""
 
 
-class HubError(Exception):
+class HubError(UserError):
     """The Hub refuses, or cannot be reached; the message says what to do."""
 
 
@@ -90,7 +113,7 @@ class UnreadableImageError(DataError):
         self.path, self.reason = path, reason
 
 
-class SplitError(ValueError):
+class SplitError(UserError, ValueError):
     """A network cannot be cut into graphs that pass images on one by one."""
 
 
@@ -98,7 +121,7 @@ class ExportError(ConfigError):
     """A network cannot be exported, or what was exported computes something else."""
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """A config or weights cannot be used; the message says which, and why."""
 
 

@@ -17,6 +17,7 @@ import tyro
 from safetensors.torch import load_file, save_file
 
 import timm_selfdistill
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.costs import exit_costs
 from timm_selfdistill.errors import ConfigError
 from timm_selfdistill.evaluation.plots import plot_accuracy_against_compute
@@ -25,7 +26,6 @@ from timm_selfdistill.hub.push import stage
 from timm_selfdistill.metrics import evaluate_exits, exit_table
 from timm_selfdistill.models.names import SUFFIX
 from timm_selfdistill.run_files import CONFIG_NAME, RECORD, WEIGHTS_NAME, is_complete
-from timm_selfdistill.training.launch import run_command
 from timm_selfdistill.training.records import append_record, exit_figures
 
 LARGEST = 3 * 10 ** 6  # bytes; the package is downloaded by everybody

@@ -20,12 +20,12 @@ from typing import Dict, List, Literal, Optional, Tuple
 
 import tyro
 
+from timm_selfdistill.cli.launch import PREEMPTED, run_command
 from timm_selfdistill.cli.options import parse_train_config
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.errors import ConfigError, nearest
 from timm_selfdistill.run_files import is_complete
 from timm_selfdistill.training.folders import recipe_problem
-from timm_selfdistill.training.launch import PREEMPTED, run_command
 from timm_selfdistill.training.records import append_record
 from timm_selfdistill.training.signals import StopSignals
 

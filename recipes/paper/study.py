@@ -25,11 +25,11 @@ import tyro
 import yaml
 from matplotlib.figure import Figure
 
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.errors import ConfigError, DataError
 from timm_selfdistill.losses import TOLERANCES, eta_for_top_score
 from timm_selfdistill.training.generations import train_generations
-from timm_selfdistill.training.launch import run_command
 from timm_selfdistill.training.trainer import train
 
 RESULTS = Path(__file__).parent / 'results'

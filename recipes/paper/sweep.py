@@ -19,9 +19,9 @@ import torch
 import tyro
 from rich.progress import track
 
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.costs import exit_costs
 from timm_selfdistill.models.names import SUFFIX, times
-from timm_selfdistill.training.launch import run_command
 
 NUM_CLASSES = 1000
 FIELDS = (

@@ -20,10 +20,10 @@ import tyro
 from rich.progress import track
 
 from timm_selfdistill import EarlyExit
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.inference.runners import randomise, small_size
 from timm_selfdistill.models.exit_rule import surety
 from timm_selfdistill.models.names import times
-from timm_selfdistill.training.launch import run_command
 
 RESULTS = Path(__file__).parent / 'results'
 IMAGES = 6

@@ -16,10 +16,10 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 import tyro
 from matplotlib.figure import Figure
 
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.cli.options import parse_train_config
 from timm_selfdistill.config import INCIDENTAL, PLACES, TrainConfig
 from timm_selfdistill.errors import ConfigError
-from timm_selfdistill.training.launch import run_command
 
 HERE = Path(__file__).parent
 ROWS = HERE.parent / 'cifar100'

@@ -90,13 +90,13 @@ def test_image_folders_and_saved_data_sets(tmp_path):
 def test_a_column_must_be_chosen_where_two_could_be_meant(tmp_path):
     coarse = datasets.ClassLabel(names=['insect', 'mammal'])
     folder = write_parquet(tmp_path / 'two', train=make_table([0, 1, 2] * 5, coarse_label=coarse))
-    with pytest.raises(DataError, match='two has several label columns: label, coarse_label.*--label-column label'):
+    with pytest.raises(DataError, match='two has several label columns: label, coarse_label.*`label_column=label`'):
         load_image_data(data_dir=folder)
     assert load_image_data(data_dir=folder, label_column='coarse_label').num_classes == 2
-    with pytest.raises(DataError, match='--label-column fine: two has no label column of that name.*label, coarse_l'):
+    with pytest.raises(DataError, match='`label_column=fine`: two has no label column of that name.*label, coarse_l'):
         load_image_data(data_dir=folder, label_column='fine')
     folder = write_parquet(tmp_path / 'images', train=make_table([0, 1, 2] * 5, mask=datasets.Image()))
-    with pytest.raises(DataError, match='several image columns: img, mask. Pick one, for example --image-column img'):
+    with pytest.raises(DataError, match='several image columns: img, mask. Pick one, for example `image_column=img`'):
         load_image_data(data_dir=folder)
 
 
@@ -110,15 +110,15 @@ def test_missing_columns_parts_and_folders_are_named(tmp_path):
     folder = write_parquet(tmp_path / 'c', test=make_table([0, 1] * 5))
     with pytest.raises(DataError, match='c has no part named train; its parts are: test'):
         load_image_data(data_dir=folder)
-    with pytest.raises(DataError, match='--data-dir .*nowhere: no such folder'):
+    with pytest.raises(DataError, match='`data_dir=.*nowhere`: no such folder'):
         load_image_data(data_dir=str(tmp_path / 'nowhere'))
     (tmp_path / 'd').mkdir()
     with pytest.raises(DataError, match='/d holds 0 images and no class folders. Expected one folder for each class'):
         load_image_data(data_dir=str(tmp_path / 'd'))
     (tmp_path / 'd' / 'train.parquet').write_bytes(b'PAR1 and nothing more')
-    with pytest.raises(DataError, match=r'--data-dir .*/d \(read as parquet\): Parquet magic bytes'):
+    with pytest.raises(DataError, match=r'`data_dir=.*/d` \(read as parquet\): Parquet magic bytes'):
         load_image_data(data_dir=str(tmp_path / 'd'))
-    with pytest.raises(DataError, match='--val-fraction 1.5'):
+    with pytest.raises(DataError, match='`val_fraction=1.5`'):
         load_image_data(val_fraction=1.5)
 
 
@@ -187,9 +187,9 @@ def test_epochs_and_seeds_differ_in_order():
 
 
 @pytest.mark.parametrize('length, batch_size, ranks, message', [
-    (10, 64, 1, '--batch-size 64 is more than the 10 training images'),
-    (100, 9, 2, '--batch-size 9: expected a multiple of the number of processes, 2'),
-    (100, 0, 1, '--batch-size 0'),
+    (10, 64, 1, '`batch_size=64` is more than the 10 training images'),
+    (100, 9, 2, '`batch_size=9`: expected a multiple of the number of processes, 2'),
+    (100, 0, 1, '`batch_size=0`'),
 ])
 def test_batches_that_cannot_be_are_refused(length, batch_size, ranks, message):
     with pytest.raises(DataError, match=message):
@@ -297,8 +297,8 @@ def test_superclasses_are_found_for_every_class(tmp_path):
 
 
 @pytest.mark.parametrize('label, superclass, message', [
-    ('fine', 'family', '--superclass-column family: .* has no such column .*; it has: fine, coarse'),
-    ('fine', 'image', '--superclass-column image'),
+    ('fine', 'family', '`superclass_column=family`: .* has no such column .*; it has: fine, coarse'),
+    ('fine', 'image', '`superclass_column=image`'),
     ('coarse', 'fine', 'each class needs one superclass, class 0 lies in several'),
 ])
 def test_superclasses_that_are_none_are_refused(tmp_path, label, superclass, message):

@@ -103,7 +103,7 @@ def test_what_is_left_aside_is_said(tmp_path):
     (['val/a/1.png', 'dev/a/1.png', 'train/a/1.png'], 'dev and val', 'both mean the validation split'),
     (['train/1.png', 'test/2.png'], 'train', 'no class folders with images'),
     (['1.png', '2.png'], '', 'holds 2 images and no class folders'),
-    (['photos/train/a/1.png', 'photos/test/a/1.png'], 'photos', 'holds the splits test, train.*--data-dir .*photos'),
+    (['photos/train/a/1.png', 'photos/test/a/1.png'], 'photos', 'holds the splits test, train.*`data_dir=.*photos'),
     (['a/train/1.png', 'b/train/1.png'], 'a', 'holds the splits train'),
     (['train2017/a/1.png', 'val2017/a/1.png'], 'train2017', 'looks like the train split but is not named so'),
     (['test-images/a/1.png', 'b/a/1.png'], 'test-images', 'looks like the test split but is not named so'),

@@ -44,7 +44,7 @@ def refusal(data):
         decode(data)
     message = str(e.value)
     assert message.startswith('Cannot read the image in row 3 of the train part: ')
-    assert message.endswith('. Repair it, or leave it out by starting anew with --skip-unreadable.')
+    assert message.endswith('. Repair it, or leave it out by starting anew with `skip_unreadable`.')
     assert len(message.splitlines()) == 1 and '0x' not in message
     return e.value.reason
 
@@ -252,7 +252,7 @@ def test_an_image_in_a_folder_is_named_by_its_path(tmp_path, workers):
         list(readable(create_eval_loader(split, eval_transform(CONFIG), 2, workers=workers)))
     row = next(i for i, image in enumerate(split.images) if image['image']['path'] == str(bad))
     assert str(e.value).startswith(f'Cannot read the image {bad} (row {row} of the train split): image file is trunc')
-    assert str(e.value).endswith('--skip-unreadable.')
+    assert str(e.value).endswith('`skip_unreadable`.')
     with pytest.raises(UnreadableImageError, match=f'Cannot read the image {bad} '):
         decode_split(split, CONFIG)
     bad.unlink()

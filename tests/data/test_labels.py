@@ -160,7 +160,7 @@ def test_splits_without_labels_or_images_are_named(tmp_path):
     with pytest.raises(DataError, match='The test part of d has no column img for its images'):
         read(tmp_path / 'd')
     (tmp_path / 'c' / 'dataset_dict.json').write_text('{"splits"')
-    with pytest.raises(DataError, match=r'--data-dir .*/c \(read as saved data set\): '):
+    with pytest.raises(DataError, match=r'`data_dir=.*/c` \(read as saved data set\): '):
         read(tmp_path / 'c')
 
 

@@ -47,8 +47,8 @@ def test_batches_are_made_where_they_can_be(folder, settings, kind):
 
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(crop='rrc'), '--loader device: what --crop rrc, --aa None, --color-jitter 0 ask for is not done there'),
-    (dict(aa='augmix-m3'), '--loader device: what --crop pad, --aa augmix-m3'),
+    (dict(crop='rrc'), '`loader=device`: what `crop=rrc`, `aa=None`, `color_jitter=0` ask for is not done there'),
+    (dict(aa='augmix-m3'), '`loader=device`: what `crop=pad`, `aa=augmix-m3`'),
 ])
 def test_the_device_is_refused_what_it_cannot_do(folder, settings, message):
     with pytest.raises(ConfigError, match=message):
@@ -57,7 +57,7 @@ def test_the_device_is_refused_what_it_cannot_do(folder, settings, message):
 
 def test_the_device_is_refused_what_it_cannot_hold(folder, monkeypatch):
     monkeypatch.setattr('timm_selfdistill.data.loaders.fits_on_device', lambda *args: False)
-    with pytest.raises(ConfigError, match='--loader device: 96 images do not fit into a quarter of the free memory'):
+    with pytest.raises(ConfigError, match='`loader=device`: 96 images do not fit into a quarter of the free memory'):
         loaders(folder, loader='device')
     assert loaders(folder).kind == 'workers'
 

@@ -200,8 +200,8 @@ def test_evaluation_sees_every_example_once(parts, sizes, ranks, workers):
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(batch_size=64), '--batch-size 64 is more than the 60 training images'),
-    (dict(batch_size=9, world_size=2), '--batch-size 9: expected a multiple of the number of processes, 2'),
+    (dict(batch_size=64), '`batch_size=64` is more than the 60 training images'),
+    (dict(batch_size=9, world_size=2), '`batch_size=9`: expected a multiple of the number of processes, 2'),
 ])
 def test_batches_that_cannot_be_are_refused(parts, kwargs, message):
     with pytest.raises(DataError, match=message):
@@ -236,7 +236,7 @@ def test_arrow_files_do_not_tell_their_length(tmp_path):
             for img, label in zip(rows['img'], rows['label']):
                 writer.write(FEATURES.encode_example(dict(img=img, label=label)))
             writer.finalize()
-    with pytest.raises(DataError, match='--images-per-epoch: how many training images .* is not known'):
+    with pytest.raises(DataError, match='`images_per_epoch`: how many training images .* is not known'):
         load_streamed_data(data_dir=str(tmp_path))
     data = load_streamed_data(data_dir=str(tmp_path), images_per_epoch=16)
     assert len(data.train) == 16
@@ -282,7 +282,7 @@ def test_whole_numbers_need_the_number_of_classes(tmp_path):
             path=str(tmp_path / 'arrow' / 'train.arrow'), features=table.features) as writer:
         writer.write_table(table.data.table)
         writer.finalize()
-    with pytest.raises(DataError, match='--num-classes: column label of arrow holds whole numbers'):
+    with pytest.raises(DataError, match='`num_classes`: column label of arrow holds whole numbers'):
         load_streamed_data(data_dir=str(tmp_path / 'arrow'))
     data = load_streamed_data(data_dir=str(tmp_path / 'arrow'), num_classes=3, images_per_epoch=12)
     assert (data.num_classes, data.label_names) == (3, None)
@@ -357,14 +357,14 @@ def test_a_stream_that_breaks_off_says_where(tmp_path):
 
 
 def test_what_cannot_be_opened_is_refused(tmp_path):
-    with pytest.raises(DataError, match='--dataset uoft-cs/cifar100: .*Hub'):
+    with pytest.raises(DataError, match='`dataset=uoft-cs/cifar100`: .*Hub'):
         load_streamed_data(dataset='uoft-cs/cifar100')
-    with pytest.raises(DataError, match='--data-dir .*nowhere: no such folder'):
+    with pytest.raises(DataError, match='`data_dir=.*nowhere`: no such folder'):
         load_streamed_data(data_dir=str(tmp_path / 'nowhere'))
     folder = write_shards(tmp_path / 'a', (5,), part='test')
     with pytest.raises(DataError, match='a has no part named train; its parts are: test'):
         load_streamed_data(data_dir=folder)
-    with pytest.raises(DataError, match='--label-column fine: b has no label column of that name'):
+    with pytest.raises(DataError, match='`label_column=fine`: b has no label column of that name'):
         load_streamed_data(data_dir=write_shards(tmp_path / 'b', (5,)), label_column='fine')
     folder = write_shards(tmp_path / 'c', (5,))
     [file] = (tmp_path / 'c').iterdir()
@@ -373,5 +373,5 @@ def test_what_cannot_be_opened_is_refused(tmp_path):
         load_streamed_data(data_dir=folder, images_per_epoch=5)
     (tmp_path / 'd').mkdir()
     (tmp_path / 'd' / 'train.parquet').write_bytes(b'PAR1 and nothing more')
-    with pytest.raises(DataError, match=r'--data-dir .*/d \(read as parquet\): '):
+    with pytest.raises(DataError, match=r'`data_dir=.*/d` \(read as parquet\): '):
         load_streamed_data(data_dir=str(tmp_path / 'd'))

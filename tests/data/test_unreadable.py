@@ -109,7 +109,7 @@ def test_loaders_see_the_rest(folder, tmp_path, loader):
 
 def test_without_the_option_the_first_is_an_error_that_names_it(folder, tmp_path):
     with pytest.raises(UnreadableImageError, match=r'Cannot read the image \S+\.png \(row \d+ of the train split\): .*'
-                                                   r'--skip-unreadable'):
+                                                   r'`skip_unreadable`'):
         train(settings(folder, tmp_path, skip_unreadable=False))
 
 
@@ -169,7 +169,7 @@ def test_measuring_goes_on_and_tells(folder, tmp_path, tiny, capsys):
     assert said.out == '' and said.err.count('skipped  ') == len(BAD) + 1
     plain = dataclasses.replace(network, config=EvaluationConfig(), data=load_image_data(
         data_dir=write_set(tmp_path / 'b', {('cat', 9): 'cut'}), val_fraction=0.))
-    with pytest.raises(UnreadableImageError, match='cat/09.png .*--skip-unreadable'):
+    with pytest.raises(UnreadableImageError, match='cat/09.png .*`skip_unreadable`'):
         list(plain.batches(plain.data.train))
 
 

@@ -397,7 +397,7 @@ def test_a_subset_has_of_every_class_its_share():
     assert not np.array_equal(drawn.index, subset(part, 100, seed=1).index)
     assert len(np.unique(subset(part, 10).labels)) == 10
     assert subset(part, None) is part is subset(part, len(part))
-    with pytest.raises(ConfigError, match='--images 0'):
+    with pytest.raises(ConfigError, match='`images=0`'):
         subset(part, 0)
 
 
@@ -410,7 +410,7 @@ def test_a_folder_of_generations_stands_for_all_of_them_in_order(tmp_path):
 
 def test_names_are_in_full_where_the_last_part_is_not_enough():
     assert short_names(['a/run', 'b/run']) == ['a/run', 'b/run']
-    with pytest.raises(ConfigError, match='a/run: given twice'):
+    with pytest.raises(ConfigError, match='a/run`: given twice'):
         short_names(['a/run', 'b/run', 'a/run'])
 
 

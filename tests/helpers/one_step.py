@@ -7,9 +7,9 @@ import sys
 
 import torch
 
+from timm_selfdistill.cli.launch import relaunch_on_cpu
 from timm_selfdistill.cli.options import parse_train_config
 from timm_selfdistill.training.folders import run_folder
-from timm_selfdistill.training.launch import relaunch_on_cpu
 from timm_selfdistill.training.run import Run
 from timm_selfdistill.training.trainer import close, create_accelerator
 

@@ -7,8 +7,8 @@ import sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+from timm_selfdistill.cli.launch import relaunch_on_cpu, run_command
 from timm_selfdistill.cli.options import parse_train_config
-from timm_selfdistill.training.launch import relaunch_on_cpu, run_command
 from timm_selfdistill.training.trainer import close, create_accelerator, train
 
 

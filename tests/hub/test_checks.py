@@ -373,7 +373,7 @@ def test_the_pickle_of_these_tests_would_do_harm_if_anyone_read_it(folder):
 LOAD = """
 import json, logging, resource, sys, time
 import timm, timm_selfdistill
-from timm_selfdistill.pretrained import read_source
+from timm_selfdistill.hub.sources import read_source
 
 logging.disable()
 def peak():

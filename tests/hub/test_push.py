@@ -76,7 +76,7 @@ def published(run, hub, tmp_path_factory):
 LOAD = """
 import json, sys
 import timm, timm_selfdistill, torch
-from timm_selfdistill.hub import load_network
+from timm_selfdistill.hub.networks import load_network
 local, names = sys.argv[1], sys.argv[2:]
 images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 expected = timm.create_model('local-dir:' + local, pretrained=True).eval()
@@ -233,7 +233,7 @@ def test_only_complete_runs_are_staged(run, tmp_path):
     (folder / 'results.json').unlink()
     with pytest.raises(ConfigError, match='has come to its end'):
         stage(folder, destination, 'hf-hub:org/name')
-    with pytest.raises(ConfigError, match=r'--exit 3: .* exits 0 to 2'):
+    with pytest.raises(ConfigError, match=r'`exit=3`: .* exits 0 to 2'):
         stage(run, destination, 'hf-hub:org/name', exit=3)
     assert not any(destination.iterdir())
 

@@ -35,7 +35,7 @@ SERVER = """
 import json, os, runpy, sys, tempfile, time, traceback
 import accelerate, timm, torch, tyro
 from huggingface_hub import constants
-import timm_selfdistill.trainer
+import timm_selfdistill.training.trainer
 
 def begin(code, arguments, env, out, cache, offline, patient):
     for fd, name in ((1, 'stdout'), (2, 'stderr')):
@@ -78,7 +78,7 @@ for line in sys.stdin:
 # Loads a network and tells which weights it has got.
 LOAD = """
 import hashlib, sys, timm, torch
-from timm_selfdistill.hub import load_network
+from timm_selfdistill.hub.networks import load_network
 way, name = sys.argv[1:]
 model = load_network(name)[0] if way == 'load_network' else timm.create_model(name, pretrained=True)
 state = sorted(model.state_dict().items())

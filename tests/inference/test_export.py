@@ -236,8 +236,8 @@ def test_graphs_that_compute_something_else_are_not_kept(tmp_path):
 @pytest.mark.parametrize('settings, message', [
     (dict(number=3), 'exit 3: test_resnet_sd has the exits 0 to 2'),
     (dict(number=-1), 'exit -1'),
-    (dict(number=1, staged=True), '--staged, --exit 1'),
-    (dict(format='tflite'), 'tflite: expected one of onnx, torch-export'),
+    (dict(number=1, staged=True), '`staged`, `exit=1`'),
+    (dict(format='tflite'), 'tflite`: expected one of onnx, torch-export'),
 ])
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(network, settings, message, tmp_path):
     with pytest.raises(ConfigError, match=message):

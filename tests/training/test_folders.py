@@ -66,12 +66,12 @@ def test_a_folder_that_is_no_run_of_these_settings_is_refused(tmp_path, accelera
     (tmp_path / 'odd').mkdir()
     (tmp_path / 'odd' / 'args.yaml').write_text('lr: [')
     for name, settings, message in (
-        ('run', dict(lr=0.2), 'exists, and runs are never overwritten; .* pass --resume auto to go on with it'),
-        ('run', dict(lr=0.2, epochs=9, resume='auto'), 'of another recipe: --epochs was 20 and is 9'),
+        ('run', dict(lr=0.2), 'exists, and runs are never overwritten; .* pass `resume=auto` to go on with it'),
+        ('run', dict(lr=0.2, epochs=9, resume='auto'), 'of another recipe: `epochs` was 20 and is 9'),
         ('thesis', dict(resume='auto'), 'has no args.yaml and so is no run of this program'),
         ('odd', dict(resume='auto'), 'holds a run whose args.yaml cannot be read: '),
     ):
-        with pytest.raises(ConfigError, match=f'--experiment {name}: the folder {tmp_path / name} {".*" + message}'):
+        with pytest.raises(ConfigError, match=f'`experiment={name}`: the folder {tmp_path / name} {".*" + message}'):
             choose(accelerator, tmp_path, experiment=name, **settings)
     assert choose(accelerator, tmp_path, experiment='empty', resume='auto') == tmp_path / 'empty'
 
@@ -86,7 +86,7 @@ def test_a_folder_appears_once_unless_it_is_gone_on_with(tmp_path, accelerator):
             with pytest.raises(ConfigError, match='run-None cannot be created: File exists'):
                 create_folder(config, tmp_path / 'deep' / config.experiment, accelerator)
     (tmp_path / 'file').write_text('')
-    with pytest.raises(ConfigError, match='--output .*: the folder .*file/run cannot be created: Not a directory'):
+    with pytest.raises(ConfigError, match='`output=.*`: the folder .*file/run cannot be created: Not a directory'):
         create_folder(TrainConfig(output=str(tmp_path / 'file')), tmp_path / 'file' / 'run', accelerator)
 
 

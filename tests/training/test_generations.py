@@ -145,10 +145,10 @@ def test_more_generations_can_follow(finished, tmp_path):
 
 
 @pytest.mark.parametrize('more, message', [
-    (dict(), 'exists, and runs are never overwritten; choose another name, or pass --resume auto'),
-    (dict(resume='auto', lr=0.3), r'generation0 of another recipe: --lr was 0.05 and is 0.3'),
-    (dict(resume='auto', label_weight=0.3), r'generation1 of another recipe: --label-weight was None and is 0.3'),
-    (dict(resume='auto', patriarch='plain'), r'another recipe: --patriarch was tsd and is plain'),
+    (dict(), 'exists, and runs are never overwritten; choose another name, or pass `resume=auto`'),
+    (dict(resume='auto', lr=0.3), r'generation0 of another recipe: `lr` was 0.05 and is 0.3'),
+    (dict(resume='auto', label_weight=0.3), r'generation1 of another recipe: `label_weight` was None and is 0.3'),
+    (dict(resume='auto', patriarch='plain'), r'another recipe: `patriarch` was tsd and is plain'),
 ])
 def test_generations_of_another_recipe_are_refused_and_left_alone(finished, more, message):
     config, root = finished
@@ -178,8 +178,8 @@ def test_settings_that_cannot_be_read_are_named(finished, data, tmp_path):
 
 
 @pytest.mark.parametrize('more, message', [
-    (dict(tsd_k=9), '--tsd-k 9: expected a number from 2 to 8, the number of classes'),
-    (dict(model='resnet81'), '--model resnet81'),
+    (dict(tsd_k=9), '`tsd_k=9`: expected a number from 2 to 8, the number of classes'),
+    (dict(model='resnet81'), '`model=resnet81`'),
 ])
 def test_bad_settings_are_refused_before_anything_is_written(data, tmp_path, more, message):
     with pytest.raises(ConfigError, match=message):
@@ -212,9 +212,9 @@ def test_a_run_teaches_a_plain_student(finished, data, tmp_path):
 
 
 @pytest.mark.parametrize('teacher, message', [
-    ('nowhere/run', '--teacher nowhere/run: there is no config.json in nowhere/run'),
-    ('resnet81', r'--teacher resnet81: Unknown model \(resnet81\)'),
-    ('OTHER', '--teacher .*: The network does not know the classes dark r, light r, .*It knows: 0, 1, 2'),
+    ('nowhere/run', '`teacher=nowhere/run`: there is no config.json in nowhere/run'),
+    ('resnet81', r'`teacher=resnet81`: Unknown model \(resnet81\)'),
+    ('OTHER', '`teacher=.*`: The network does not know the classes dark r, light r, .*It knows: 0, 1, 2'),
 ])
 def test_a_teacher_that_cannot_teach_is_refused(data, tmp_path, teacher, message):
     if teacher == 'OTHER':

@@ -81,7 +81,7 @@ def test_the_line_is_there_once_and_comes_back_when_it_was_lost(finished, capsys
     assert results.read_bytes() == before
     (results.parent / 'folder').mkdir()
     train(TrainConfig(**{**vars(config), 'results': str(results.parent / 'folder')}))
-    assert 'The run is complete; the same command with --experiment run --resume auto' in ' '.join(
+    assert 'The run is complete; the same command with `experiment=run` `resume=auto`' in ' '.join(
         capsys.readouterr().out.split())
 
 
@@ -158,7 +158,7 @@ def test_data_that_have_moved_are_known_by_their_name(tmp_path):
     args.write_text(f'data_dir: {tmp_path}/here/cifar100\nteacher: null\n')
     there = TrainConfig(data_dir=str(tmp_path / 'there' / 'cifar100'))
     assert recipe_problem(args, there, moved=True) is None
-    assert '--data-dir was' in recipe_problem(args, there)  # a run that nobody named is not gone on with
+    assert '`data_dir` was' in recipe_problem(args, there)  # a run that nobody named is not gone on with
     other = TrainConfig(data_dir=str(tmp_path / 'there' / 'other'))
-    assert '--data-dir was' in recipe_problem(args, other, moved=True)
-    assert '--teacher was None' in recipe_problem(args, TrainConfig(teacher=str(tmp_path / 'here')), moved=True)
+    assert '`data_dir` was' in recipe_problem(args, other, moved=True)
+    assert '`teacher` was None' in recipe_problem(args, TrainConfig(teacher=str(tmp_path / 'here')), moved=True)

@@ -75,8 +75,8 @@ def test_all_means_all_that_are_installed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name, message', [
-    ('tensorbord', '--report-to tensorbord: unknown, expected all or some of .*nearest names are tensorboard'),
-    ('wandb', '--report-to wandb: is not installed; pip install wandb does it'),
+    ('tensorbord', '`report_to=tensorbord`: unknown, expected all or some of .*nearest names are tensorboard'),
+    ('wandb', '`report_to=wandb`: is not installed; pip install wandb does it'),
 ])
 def test_trackers_that_cannot_be_had_are_refused_before_anything_is_written(tmp_path, monkeypatch, name, message):
     monkeypatch.setattr(trackers, 'get_available_trackers', lambda: ['tensorboard'])

@@ -203,15 +203,15 @@ def test_a_later_epoch_that_fails_keeps_the_last_good_one(tmp_path, monkeypatch)
     (dict(exits=(2, 9)), ConfigError, r'exits=\(2, 9\): out of range for test_resnet'),
     (dict(exits=(3, 2)), ConfigError, 'indices must increase'),
     (dict(exit_head='none'), ConfigError, "exit_head='none': unknown, expected one of bottleneck"),
-    (dict(num_classes=7), ConfigError, '--num-classes 7: digits has 10 classes'),
+    (dict(num_classes=7), ConfigError, '`num_classes=7`: digits has 10 classes'),
     (dict(model_kwargs=('depth=3',)), ConfigError, "unexpected keyword argument 'depth'"),
-    (dict(model='inception_v3', img_size=32, exits=None), ConfigError, '--model inception_v3: .*input.* of 32×32'),
-    (dict(opt='sdg'), ConfigError, '--opt sdg: timm has no such optimizer; the nearest names are .*sgd'),
-    (dict(mixup=0.5, batch_size=63), ConfigError, '--batch-size 63: mixup and cutmix pair images'),
-    (dict(batch_size=2000), DataError, '--batch-size 2000 is more than the 1250 training images'),
-    (dict(label_column='digit'), DataError, '--label-column digit: digits has no label column of that name'),
-    (dict(data_dir='nowhere'), DataError, 'nowhere: no such folder'),
-    (dict(dataset='nobody/nothing'), DataError, "--dataset nobody/nothing: Couldn't reach 'nobody/nothing' on the Hub"),
+    (dict(model='inception_v3', img_size=32, exits=None), ConfigError, '`model=inception_v3`: .*input.* of 32×32'),
+    (dict(opt='sdg'), ConfigError, '`opt=sdg`: timm has no such optimizer; the nearest names are .*sgd'),
+    (dict(mixup=0.5, batch_size=63), ConfigError, '`batch_size=63`: mixup and cutmix pair images'),
+    (dict(batch_size=2000), DataError, '`batch_size=2000` is more than the 1250 training images'),
+    (dict(label_column='digit'), DataError, '`label_column=digit`: digits has no label column of that name'),
+    (dict(data_dir='nowhere'), DataError, 'nowhere`: no such folder'),
+    (dict(dataset='nobody/nothing'), DataError, "`dataset=nobody/nothing`: Couldn't reach 'nobody/nothing' on the Hub"),
 ])
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, settings, error, message):
     with pytest.raises(error, match=message):

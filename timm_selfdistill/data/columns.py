@@ -41,11 +41,11 @@ def with_images(table: datasets.Dataset, column: str, split: str, where: str) ->
 
 def _choose(kind: str, candidates: List[str], columns: List[str], chosen: Optional[str], name: str) -> str:
     """Choose the column of one kind (image or label), or say which there are and how to choose."""
-    option = f'--{kind}-column'
+    setting = f'{kind}_column'
     if chosen is not None:
         if chosen not in candidates:
             raise DataError(
-                f'{option} {chosen}: {name} has no {kind} column of that name; '
+                f'`{setting}={chosen}`: {name} has no {kind} column of that name; '
                 f'its {kind} columns are: {", ".join(candidates) or "none"} (all columns: {", ".join(columns)}).'
             )
         return chosen
@@ -55,7 +55,7 @@ def _choose(kind: str, candidates: List[str], columns: List[str], chosen: Option
     if len(candidates) > 1:
         raise DataError(
             f'{name} has several {kind} columns: {", ".join(candidates)}. Pick one, for example '
-            f'{option} {candidates[0]}.'
+            f'`{setting}={candidates[0]}`.'
         )
     return candidates[0]
 

@@ -49,8 +49,8 @@ class Files:
     def place(self) -> str:
         """What to call it in messages."""
         if self.data_dir is None:
-            return f'--dataset {self.kind}'
-        return f'--data-dir {self.data_dir} (read as {self.kind})'
+            return f'`dataset={self.kind}`'
+        return f'`data_dir={self.data_dir}` (read as {self.kind})'
 
     def arguments(self) -> List[Dict[str, Any]]:
         """Return the arguments of `datasets.load_dataset` and of `datasets.load_dataset_builder` that open the splits.
@@ -82,7 +82,7 @@ def find_files(dataset: Optional[str], data_dir: Optional[str]) -> Files:
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         problem = 'is a file, expected a folder' if folder.exists() else 'no such folder'
-        raise DataError(f'--data-dir {data_dir}: {problem}.')
+        raise DataError(f'`data_dir={data_dir}`: {problem}.')
     data_dir = str(folder)
     if dataset not in (None, IMAGES, *_TABLES):
         return Files(dataset, data_dir)

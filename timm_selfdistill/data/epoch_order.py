@@ -43,13 +43,13 @@ class EpochBatches(Sampler):
             accumulate: int = 1,
     ):
         if batch_size < 1 or batch_size % (world_size * accumulate):
-            shares = f'{world_size}' if accumulate == 1 else f'{world_size}, times --grad-accum-steps {accumulate}'
+            shares = f'{world_size}' if accumulate == 1 else f'{world_size}, times `grad_accum_steps={accumulate}`'
             raise DataError(
-                f'--batch-size {batch_size}: expected a multiple of the number of processes, {shares}; '
+                f'`batch_size={batch_size}`: expected a multiple of the number of processes, {shares}; '
                 f'it counts the images of one step over all of them.'
             )
         if length < batch_size:
-            raise DataError(f'--batch-size {batch_size} is more than the {length} training images.')
+            raise DataError(f'`batch_size={batch_size}` is more than the {length} training images.')
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.steps = length // batch_size

@@ -187,7 +187,7 @@ def _superclasses(table: datasets.Dataset, column: str, labels: np.ndarray, num_
     ]
     if column not in integers:
         raise DataError(
-            f'--superclass-column {column}: {name} has no such column of class labels or whole numbers; it has: '
+            f'`superclass_column={column}`: {name} has no such column of class labels or whole numbers; it has: '
             f'{", ".join(integers) or "none"}.'
         )
     values = np.asarray(table[column][:])
@@ -196,7 +196,7 @@ def _superclasses(table: datasets.Dataset, column: str, labels: np.ndarray, num_
         of_class = np.unique(values[labels == label])
         if len(of_class) != 1:
             problem = 'lies in several' if len(of_class) else 'has no training image, so its one is unknown'
-            raise DataError(f'--superclass-column {column}: each class needs one superclass, class {label} {problem}.')
+            raise DataError(f'`superclass_column={column}`: each class needs one superclass, class {label} {problem}.')
         found[label] = of_class[0]
     return found
 
@@ -286,7 +286,7 @@ def load_image_data(
         UnreadableImageError: The first image cannot be decoded.
     """
     if not 0 <= val_fraction < 1:
-        raise DataError(f'--val-fraction {val_fraction}: expected 0 or more and less than 1.')
+        raise DataError(f'`val_fraction={val_fraction}`: expected 0 or more and less than 1.')
     name, files = data_name(dataset, data_dir), find_files(dataset, data_dir)
     tables = {split: table.with_format(None) for split, table in open_files(files).items()}
     notes = files.notes
@@ -330,7 +330,7 @@ def load_image_data(
     superclasses = None
     if superclass_column is not None:
         if train is None:
-            raise DataError(f'--superclass-column {superclass_column}: {name} has no train part to find them in.')
+            raise DataError(f'`superclass_column={superclass_column}`: {name} has no train part to find them in.')
         superclasses = _superclasses(tables['train'], superclass_column, train.labels, classes.count, name)
     if validation is None and train is not None and val_fraction > 0:
         train, validation = hold_out(train, val_fraction)

@@ -115,7 +115,7 @@ def _check_class_folders(folder: Path, names: List[str]) -> None:
         if inner:
             raise DataError(
                 f'{folder / name} holds the splits {", ".join(inner)}. Splits come first and class folders below them: '
-                f'pass --data-dir {folder / name} if these are the splits of one data set, else move them.'
+                f'pass `data_dir={folder / name}` if these are the splits of one data set, else move them.'
             )
         first_word = re.match(r'[^\W\d_]*', name).group()
         if split_of(first_word) is not None and not _images_in(folder / name) and _holds_classes(folder / name):

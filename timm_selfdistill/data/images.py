@@ -25,7 +25,7 @@ _FOREIGN = {b'%!ps': 'EPS', b'\xc5\xd0\xd3\xc6': 'EPS', b'%pdf': 'PDF', b'<svg':
 _TRANSPARENT = ('LA', 'PA', 'RGBA', 'RGBa')
 
 
-_REMEDY = 'Repair it, or leave it out by starting anew with --skip-unreadable.'
+_REMEDY = 'Repair it, or leave it out by starting anew with `skip_unreadable`.'
 
 
 class _Unreadable(ValueError):

@@ -114,17 +114,17 @@ class Loaders:
             obstacle = 'asked for' if config.loader == 'workers' else self._obstacle()
             self.kind = 'device' if obstacle is None else 'workers'
             if obstacle and config.loader == 'device':
-                raise ConfigError(f'--loader device: {obstacle}; pass --loader workers.')
+                raise ConfigError(f'`loader=device`: {obstacle}; pass `loader=workers`.')
         self._resident: Dict[str, DeviceEvalLoader] = {}
 
     def _obstacle(self) -> Optional[str]:
         """Say why batches cannot be made on the device, None if they can."""
         config = self.config
         if not supports(self.crop, config.color_jitter, config.aa):
-            recipe = f'--crop {self.crop}, --aa {config.aa}, --color-jitter {config.color_jitter:g}'
+            recipe = f'`crop={self.crop}`, `aa={config.aa}`, `color_jitter={config.color_jitter:g}`'
             return f'what {recipe} ask for is not done there'
         if config.aa is not None and self.accelerator.device.type == 'mps':
-            return f'--aa {config.aa} needs float64, which {self.accelerator.device} does not have'
+            return f'`aa={config.aa}` needs float64, which {self.accelerator.device} does not have'
         count = sum(len(part) for part in self.data.parts().values())
         if not fits_on_device(count, self.data_config['input_size'], self.accelerator.device):
             return f'{count:,} images do not fit into a quarter of the free memory of {self.accelerator.device}'

@@ -251,7 +251,7 @@ def load_streamed_data(
     lengths['train'] = images_per_epoch or lengths['train']
     if lengths['train'] is None:
         raise DataError(
-            f'--images-per-epoch: how many training images {name} has is not known; pass how many count as an epoch.')
+            f'`images_per_epoch`: how many training images {name} has is not known; pass how many count as an epoch.')
 
     def part(split: str) -> Optional[StreamedSplit]:
         if split not in streams:
@@ -316,10 +316,10 @@ def _stream_classes(
     if feature.dtype.startswith(('string', 'large_string')):
         raise DataError(
             f'Column {column} of {name} holds texts, and a stream does not tell which there are. Leave out '
-            f'--streaming, or use parquet files or class labels of the datasets library.'
+            f'`streaming`, or use parquet files or class labels of the datasets library.'
         )
     raise DataError(
-        f'--num-classes: column {column} of {name} holds whole numbers, and a stream does not tell how many '
+        f'`num_classes`: column {column} of {name} holds whole numbers, and a stream does not tell how many '
         f'classes they stand for; pass their number.'
     )
 

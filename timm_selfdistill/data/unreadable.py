@@ -109,7 +109,7 @@ def leave_out(split: ImageSplit, images: List[Unreadable], label_names: Optional
     if split.name == 'train' and len(lost):
         names = ', '.join(label_names[i] if label_names else str(i) for i in lost)
         raise DataError(
-            f'--skip-unreadable: no image of class {names} can be read in the train split, so that it could not be '
+            f'`skip_unreadable`: no image of class {names} can be read in the train split, so that it could not be '
             f'learned. Repair images of it, or take it out of the data.'
         )
 

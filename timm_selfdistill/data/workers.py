@@ -94,7 +94,7 @@ def readable(batches: Iterable) -> Iterator:
             raise
         raise WorkerDiedError(
             f'A loader process died: {str(e).rstrip(". ")}. Often the memory was full, or the shared memory: '
-            f'fewer --workers need less of it.'
+            f'fewer `workers` need less of it.'
         ) from e
 
 

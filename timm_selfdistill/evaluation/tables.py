@@ -19,7 +19,7 @@ def short_names(checkpoints: Sequence[str]) -> List[str]:
     """
     twice = next((c for i, c in enumerate(checkpoints) if c in checkpoints[:i]), None)
     if twice is not None:
-        raise ConfigError(f'--checkpoint {twice}: given twice.')
+        raise ConfigError(f'`checkpoint={twice}`: given twice.')
     names = [Path(c).name for c in checkpoints]
     return names if len(set(names)) == len(names) else list(checkpoints)
 

@@ -108,9 +108,9 @@ def open_network(
             say on what it was trained and the config does not either.
         ConfigError: See `hub.load_checkpoint` and `check_device`, or a number is out of range.
     """
-    for option, value, least in (('batch-size', config.batch_size, 1), ('workers', config.workers, 0)):
+    for option, value, least in (('batch_size', config.batch_size, 1), ('workers', config.workers, 0)):
         if value < least:
-            raise ConfigError(f'--{option} {value}: expected {least} or more.')
+            raise ConfigError(f'`{option}={value}`: expected {least} or more.')
     check_device(config.device)
     model, folder = load_checkpoint(checkpoint)
     source = {name: getattr(config, name) for name in ('dataset', 'data_dir', 'image_column', 'label_column')}
@@ -119,7 +119,7 @@ def open_network(
     trained = yaml.safe_load(args.read_text(encoding='utf-8')) if args is not None and args.is_file() else None
     if not (config.dataset or config.data_dir):
         if trained is None:
-            raise DataError(f'--checkpoint {checkpoint} does not say on what it was trained; pass --dataset.')
+            raise DataError(f'`checkpoint={checkpoint}` does not say on what it was trained; pass `dataset`.')
         source = {name: value if value is not None else trained.get(name) for name, value in source.items()}
         source['val_fraction'] = trained.get('val_fraction', 0.)
     elif trained is not None and _same_data(source, trained):
@@ -148,7 +148,7 @@ def check_device(name: str) -> None:
         torch.empty(1, device=name).cpu()
     except (AssertionError, NotImplementedError, RuntimeError) as e:  # no such kind, no driver, or no such number
         problem = str(e).splitlines()[0].rstrip('.')
-        raise ConfigError(f'--device {name}: {problem}. --device cpu is always there.') from e
+        raise ConfigError(f'`device={name}`: {problem}. `device=cpu` is always there.') from e
 
 
 def choose_split(data: ImageData, split: Optional[str] = None) -> str:
@@ -162,7 +162,7 @@ def choose_split(data: ImageData, split: Optional[str] = None) -> str:
     parts = data.parts()
     split = split or next(name for name in ('test', 'validation', 'train') if name in parts)
     if split not in parts:
-        raise DataError(f'--split {split}: {data.name} has only the parts {", ".join(parts)}.')
+        raise DataError(f'`split={split}`: {data.name} has only the parts {", ".join(parts)}.')
     return split
 
 
@@ -180,10 +180,10 @@ def check_held_out(network: TrainedNetwork, test: bool = True) -> None:
     if data.validation is None:
         raise DataError(
             f'{data.name} has no validation part of its own to choose on, and the network may have learned from its '
-            f'train part. Train with --val-fraction, or pass --data-dir with data that have a validation part.'
+            f'train part. Train with `val_fraction`, or pass `data_dir` with data that have a validation part.'
         )
     if test and data.test is None:
-        raise DataError(f'{data.name} has no test part to measure on. Pass --data-dir with data that have one.')
+        raise DataError(f'{data.name} has no test part to measure on. Pass `data_dir` with data that have one.')
 
 
 def subset(split: ImageSplit, images: Optional[int], seed: int = 0) -> ImageSplit:
@@ -195,7 +195,7 @@ def subset(split: ImageSplit, images: Optional[int], seed: int = 0) -> ImageSpli
     if images is None or images >= len(split):
         return split
     if images < 1:
-        raise ConfigError(f'--images {images}: expected 1 or more.')
+        raise ConfigError(f'`images={images}`: expected 1 or more.')
     order = np.random.default_rng(seed).permutation(len(split))
     labels = split.labels[order]
     counts = np.unique(labels, return_counts=True)[1]

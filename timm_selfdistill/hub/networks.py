@@ -110,10 +110,10 @@ def load_checkpoint(checkpoint: str) -> Tuple[MultiExit, Optional[Path]]:
         if not isinstance(model, BackboneWrapper):
             model = add_exits(model, exits=()).eval()
     except (HTTPError, OSError, RuntimeError, ValueError) as e:
-        raise ConfigError(f'--checkpoint {checkpoint}: {e}') from e
+        raise ConfigError(f'`checkpoint={checkpoint}`: {e}') from e
     if not isinstance(model, MultiExit):
         raise ConfigError(
-            f'--checkpoint {checkpoint}: {model_name(model)} was cut off at an exit; expected a whole network.')
+            f'`checkpoint={checkpoint}`: {model_name(model)} was cut off at an exit; expected a whole network.')
     return model, path
 
 

@@ -111,9 +111,9 @@ def _check_repository(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as e:
-        raise ConfigError(f'--repo {repo}: {e}') from e
+        raise ConfigError(f'`repo={repo}`: {e}') from e
     if repo.count('/') != 1:
-        raise ConfigError(f'--repo {repo}: expected <organisation or user>/<name>.')
+        raise ConfigError(f'`repo={repo}`: expected <organisation or user>/<name>.')
 
 
 def check_destination(repo: str) -> None:
@@ -136,7 +136,7 @@ def _reading(folder: Path) -> Iterator[None]:
     """Look at the files of a run, and make a ConfigError of whatever damaged ones lead to."""
     if not is_complete(folder):
         raise ConfigError(
-            f'--checkpoint {folder}: expected the folder of a run that has come to its end, with a results.json.')
+            f'`checkpoint={folder}`: expected the folder of a run that has come to its end, with a results.json.')
     for name in ('args.yaml', CONFIG_NAME, 'results.json', LATENCY_NAME, RECORD, 'early_exit.json'):
         if not (folder / name).is_file():
             continue
@@ -144,18 +144,18 @@ def _reading(folder: Path) -> Iterator[None]:
             text = (folder / name).read_text(encoding='utf-8')
             content = yaml.safe_load(text) if name == 'args.yaml' else json.loads(text)
         except (OSError, ValueError, yaml.YAMLError) as e:
-            raise ConfigError(f'--checkpoint {folder}: {name} cannot be read: {" ".join(str(e).split())}') from e
+            raise ConfigError(f'`checkpoint={folder}`: {name} cannot be read: {" ".join(str(e).split())}') from e
         if not isinstance(content, dict) or not content:
-            raise ConfigError(f'--checkpoint {folder}: {name} holds nothing: expected what a run writes.')
+            raise ConfigError(f'`checkpoint={folder}`: {name} holds nothing: expected what a run writes.')
     try:
         yield
     except (ConfigError, HubError):
         raise
     except OSError as e:
-        raise ConfigError(f'--checkpoint {folder}: {e}') from e
+        raise ConfigError(f'`checkpoint={folder}`: {e}') from e
     except Exception as e:  # of files that can be read, but are not what a run writes
         raise ConfigError(
-            f'--checkpoint {folder}: its files are not those of a complete run: {type(e).__name__}: {e}') from e
+            f'`checkpoint={folder}`: its files are not those of a complete run: {type(e).__name__}: {e}') from e
 
 
 def _automatic_name(folder: Path) -> str:
@@ -204,7 +204,7 @@ def stage(
     """
     folder, destination = Path(folder), Path(destination)
     if dataset_id is not None and place_name(dataset_id, hub_id=True) != dataset_id:
-        raise ConfigError(f'--dataset {dataset_id}: expected the id of a data set on the Hub, as in uoft-cs/cifar100.')
+        raise ConfigError(f'`dataset={dataset_id}`: expected the id of a data set on the Hub, as in uoft-cs/cifar100.')
     with _reading(folder):
         model, _ = load_checkpoint(str(folder))  # what cannot be loaded is not published
         if exit is None:
@@ -215,7 +215,7 @@ def stage(
             try:
                 cut = model.truncate(exit)
             except (IndexError, ValueError) as e:
-                raise ConfigError(f'--exit {exit}: {e}') from e
+                raise ConfigError(f'`exit={exit}`: {e}') from e
             save_model(cut, destination, resolve_data_config(model=model), run['config'].get('label_names'))
         if not (folder / LATENCY_NAME).is_file():  # kept, so that the next push is the same
             write_latency(folder, model, resolve_data_config(model=model)['input_size'], torch.device('cpu'))

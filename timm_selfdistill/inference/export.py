@@ -181,7 +181,7 @@ def _versions(format: str) -> Dict[str, str]:
     names = ('torch', 'timm') + (('onnx', 'onnxscript', 'onnxruntime') if format == 'onnx' else ())
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f'--format onnx: {", ".join(missing)} not installed; pip install onnx onnxscript onnxruntime')
+        raise ConfigError(f'`format=onnx`: {", ".join(missing)} not installed; pip install onnx onnxscript onnxruntime')
     return {name: importlib.metadata.version(name) for name in names}
 
 
@@ -219,11 +219,11 @@ def export_network(
     if not isinstance(model, MultiExit):
         raise ConfigError(f'{model_name(model)} has no exits: expected a model such as resnet50_sd.')
     if format not in FORMATS:
-        raise ConfigError(f'--format {format}: expected one of {", ".join(FORMATS)}.')
+        raise ConfigError(f'`format={format}`: expected one of {", ".join(FORMATS)}.')
     if staged and number is not None:
-        raise ConfigError(f'--staged, --exit {number}: expected one of them at most.')
+        raise ConfigError(f'`staged`, `exit={number}`: expected one of them at most.')
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f'--output {folder}: exists already, and nothing is overwritten; choose another folder.')
+        raise ConfigError(f'`output={folder}`: exists already, and nothing is overwritten; choose another folder.')
     versions = _versions(format)
     precision = next(model.parameters()).dtype
     model = copy_model(eval_view(model)).to('cpu', torch.float)

@@ -310,7 +310,7 @@ class _SegmentedRun:
     how = 'images that leave are taken out of the batch, between graphs made for images of '
 
     def __init__(self, model: MultiExit, images: torch.Tensor):
-        from .segments import split_network  # torch.export takes long to import
+        from .graphs import split_network  # torch.export takes long to import
         self.name = model_name(model)
         self.size = tuple(images.shape[1:])
         self.how += times(self.size)

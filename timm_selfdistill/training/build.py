@@ -37,7 +37,7 @@ def resolve_model_name(model: str) -> Tuple[str, str]:
     if timm.is_model(base + SUFFIX):
         return base + SUFFIX, tag
     names = (name for name in timm.list_models() if not name.endswith(SUFFIX))
-    raise ConfigError(f'--model {model}: timm has no such model{nearest(base, names)}.')
+    raise ConfigError(f'`model={model}`: timm has no such model{nearest(base, names)}.')
 
 
 def _image_size(config: TrainConfig, cfg: Any, data: ImageData) -> int:
@@ -63,7 +63,7 @@ def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[s
     num_classes = config.num_classes or data.num_classes
     if num_classes < data.num_classes:
         raise ConfigError(
-            f'--num-classes {num_classes}: {data.name} has {data.num_classes} classes, the model needs as many or more.'
+            f'`num_classes={num_classes}`: {data.name} has {data.num_classes} classes, the model needs as many or more.'
         )
     cfg = timm.get_pretrained_cfg(name)
     size = _image_size(config, cfg, data)
@@ -85,7 +85,7 @@ def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[s
         model = timm.create_model(name, **arguments)
         if not isinstance(model, MultiExit):
             raise ConfigError(
-                f'--model-kwargs {" ".join(config.model_kwargs)}: with this --model {config.model} becomes one of the '
+                f'`model_kwargs={" ".join(config.model_kwargs)}`: with this `model={config.model}` becomes one of the '
                 f'kind {type(model).__name__}, which has no exits to train; leave out what cuts the network.'
             )
         exit_costs(model, (config.in_chans, size, size))  # a forward pass on the meta device
@@ -96,7 +96,7 @@ def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[s
         if not own and not isinstance(e, (AssertionError, TypeError, ValueError, RuntimeError)):
             raise
         raise ConfigError(
-            f'--model {config.model}: {reason_of(e)} (with {given}; images of {size}×{size})') from e
+            f'`model={config.model}`: {reason_of(e)} (with {given}; images of {size}×{size})') from e
     if path:
         _load_checkpoint(model, str(path))
     grey = config.in_chans == 1 and len(cfg.mean) != 1
@@ -120,12 +120,12 @@ def _load_checkpoint(model: nn.Module, path: str) -> None:
     """
     if not Path(path).is_file():
         problem = 'this is a folder, a file is needed' if Path(path).is_dir() else 'there is no such file'
-        raise ConfigError(f'--model-kwargs checkpoint_path={path}: {problem}. Check the path.')
+        raise ConfigError(f'`model_kwargs=checkpoint_path={path}`: {problem}. Check the path.')
     try:
         timm.models.load_checkpoint(model, path)
     except Exception as e:  # whatever a file may hold
         raise ConfigError(
-            f'--model-kwargs checkpoint_path={path}: these are no weights of {model_name(model)}: {reason_of(e)}. '
+            f'`model_kwargs=checkpoint_path={path}`: these are no weights of {model_name(model)}: {reason_of(e)}. '
             f'Take a file that was saved from the same network.'
         ) from e
 
@@ -151,9 +151,9 @@ def check_slices(task: SelfDistillationTask, input_size: Sequence[int], batch_si
         if 'Expected more than 1 value per channel' not in str(e):
             raise
         raise ConfigError(
-            f'--batch-size {batch_size}: batch norm cannot take the variance of a single image whose map '
+            f'`batch_size={batch_size}`: batch norm cannot take the variance of a single image whose map '
             f'{model_name(task.get_eval_model())} has shrunk to one pixel. Pass {2 * slices} or more, two images for '
-            f'each process and each of --grad-accum-steps.'
+            f'each process and each of `grad_accum_steps`.'
         ) from e
 
 
@@ -166,7 +166,7 @@ def check_optimizer(create: Callable[[nn.Module], torch.optim.Optimizer], name: 
     info = get_optimizer_info(name.removeprefix(LOOKAHEAD))
     if info.second_order:
         raise ConfigError(
-            f'--opt {name}: needs gradients of gradients, which are not computed here. Choose another one, such as '
+            f'`opt={name}`: needs gradients of gradients, which are not computed here. Choose another one, such as '
             f'sgd or adamw.'
         )
     network = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Flatten(), nn.Linear(4, 2)).to(device)
@@ -176,7 +176,7 @@ def check_optimizer(create: Callable[[nn.Module], torch.optim.Optimizer], name: 
         optimizer.step()
     except Exception as e:  # of libraries that timm knows and this package does not
         raise ConfigError(
-            f'--opt {name}: cannot be used on {device.type}: {reason_of(e)}. Choose another one, such as sgd or adamw.'
+            f'`opt={name}`: cannot be used on {device.type}: {reason_of(e)}. Choose another one, such as sgd or adamw.'
         ) from e
 
 
@@ -198,7 +198,7 @@ def _open_teacher(
         size = data_config['input_size']
         count_macs(meta_copy(teacher), torch.empty((1, *size), device='meta'))
     except (AssertionError, OSError, RuntimeError, ValueError) as e:
-        raise ConfigError(f'--teacher {config.teacher}: {e}') from e
+        raise ConfigError(f'`teacher={config.teacher}`: {e}') from e
     names, known = data.label_names if data is not None else None, class_names(teacher)
     if names is None or known is None or len(names) != num_classes:  # the task checks their numbers
         if data is not None:
@@ -210,7 +210,7 @@ def _open_teacher(
     try:
         return teacher, match_classes(known, names, teacher.num_classes, num_classes, 'The network')
     except DataError as e:
-        raise ConfigError(f'--teacher {config.teacher}: {e}') from e
+        raise ConfigError(f'`teacher={config.teacher}`: {e}') from e
 
 
 def build_task(
@@ -228,7 +228,7 @@ def build_task(
     distil = config.method == 'byot'
     if config.patriarch == 'tsd' and config.tsd_k > model.num_classes:
         raise ConfigError(
-            f'--tsd-k {config.tsd_k}: expected a number from 2 to {model.num_classes}, the number of classes.')
+            f'`tsd_k={config.tsd_k}`: expected a number from 2 to {model.num_classes}, the number of classes.')
     teacher, teacher_classes = _open_teacher(config, data_config, model.num_classes, data)
     try:
         return SelfDistillationTask(
@@ -256,5 +256,5 @@ def build_task(
             **config.teaching(),
         )
     except ValueError as e:
-        option = f'--model {config.model}' if config.teacher is None else f'--teacher {config.teacher}'
+        option = f'`model={config.model}`' if config.teacher is None else f'`teacher={config.teacher}`'
         raise ConfigError(f'{option}: {e}') from e

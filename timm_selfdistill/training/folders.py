@@ -33,7 +33,7 @@ def _newest_of_recipe(config: TrainConfig) -> Optional[Path]:
 def _refusal(config: TrainConfig, folder: Path) -> Optional[str]:
     """Say why the run in an existing folder cannot be gone on with, None if it can."""
     if config.resume is None:
-        return 'exists, and runs are never overwritten; choose another name, or pass --resume auto to go on with it'
+        return 'exists, and runs are never overwritten; choose another name, or pass `resume=auto` to go on with it'
     args = folder / 'args.yaml'
     if not args.is_file():
         empty = folder.is_dir() and not any(folder.iterdir())
@@ -60,7 +60,7 @@ def choose_folder(config: TrainConfig, accelerator: Accelerator) -> Path:
     folder, problem = broadcast_object_list([folder, problem])
     if problem:
         raise ConfigError(
-            f'--output {config.output}, --experiment {config.experiment}: the folder {folder} {problem}.')
+            f'`output={config.output}`, `experiment={config.experiment}`: the folder {folder} {problem}.')
     return folder
 
 
@@ -78,7 +78,7 @@ def create_folder(config: TrainConfig, folder: Path, accelerator: Accelerator) -
             problem = f'the folder {folder} cannot be created: {e.strerror}'
     problem, = broadcast_object_list([problem])
     if problem:
-        raise ConfigError(f'--output {config.output}, --experiment {config.experiment}: {problem}.')
+        raise ConfigError(f'`output={config.output}`, `experiment={config.experiment}`: {problem}.')
 
 
 def recipe_problem(
@@ -111,7 +111,7 @@ def recipe_problem(
     if moved:
         may_differ.update(name for name in PLACES if _same_folder(before[name], now[name]))
     changed = [
-        f'--{name.replace("_", "-")} was {before[name]} and is {now[name]}'
+        f'`{name}` was {before[name]} and is {now[name]}'
         for name in now if name not in may_differ and before[name] != now[name]
     ]
     return f'of another recipe: {"; ".join(changed)}' if changed else None

@@ -63,7 +63,7 @@ def generation_config(config: TrainConfig, root: Path, number: int) -> TrainConf
 def _refusal(config: TrainConfig, root: Path) -> Optional[str]:
     """Say why the generations in a folder cannot be gone on with; None if they can."""
     if config.resume is None:
-        return 'exists, and runs are never overwritten; choose another name, or pass --resume auto to go on with it'
+        return 'exists, and runs are never overwritten; choose another name, or pass `resume=auto` to go on with it'
     for number in range(config.generations + 1):
         folder = root / f'generation{number}'
         args = folder / 'args.yaml'
@@ -103,7 +103,7 @@ def train_generations(config: TrainConfig) -> Path:
         problem = _refusal(config, root)
     root, problem = broadcast_object_list([root, problem])  # the main process's date
     if problem:
-        raise ConfigError(f'--output {config.output}, --experiment {config.experiment}: the folder {root} {problem}.')
+        raise ConfigError(f'`output={config.output}`, `experiment={config.experiment}`: the folder {root} {problem}.')
     reporter = Reporter(enabled=main, epochs=config.epochs)
     if config.push_to_hub is not None:
         on_main(accelerator, lambda: check_destination(config.push_to_hub))
@@ -173,7 +173,7 @@ class _Lineage:
         if class_names(model) != self.data.label_names:
             raise ConfigError(
                 f'{folder} knows the classes in another order than the patriarch, as the data have changed since. '
-                f'Begin with a new --experiment.'
+                f'Begin with a new `experiment`.'
             )
         model.to(self.accelerator.device)
         number = len(self.rows)

@@ -94,7 +94,7 @@ class Run:
         set_seed(config.seed)
         self.data = open_data(config, accelerator, names_of_run(folder))
         if self.data.validation is None and self.data.test is None:
-            option = '--streaming' if config.streaming else f'--val-fraction {config.val_fraction:g}'
+            option = '`streaming`' if config.streaming else f'`val_fraction={config.val_fraction:g}`'
             raise ConfigError(
                 f'{option}: {self.data.name} has neither a validation nor a test part, so some of its training part '
                 f'must be held out{", which takes data that are not streamed" if config.streaming else ""}.'
@@ -109,7 +109,7 @@ class Run:
                 model.set_grad_checkpointing()
             except AssertionError as e:
                 raise ConfigError(
-                    f'--grad-checkpointing: {config.model} has none; leave it out. --grad-accum-steps saves memory too.'
+                    f'`grad_checkpointing`: {config.model} has none; leave it out. `grad_accum_steps` saves memory too.'
                 ) from e
         self.task = build_task(config, model, self.device, self.data_config, self.data).to(self.device)
         if config.channels_last and not is_sharded(accelerator):  # FSDP asks for contiguous parameters
@@ -156,7 +156,7 @@ class Run:
         name = config.opt.removeprefix(LOOKAHEAD)
         if name not in list_optimizers():
             raise ConfigError(
-                f'--opt {config.opt}: timm has no such optimizer{nearest(config.opt, list_optimizers())}.')
+                f'`opt={config.opt}`: timm has no such optimizer{nearest(config.opt, list_optimizers())}.')
 
         def create(module: nn.Module, **other: Any) -> torch.optim.Optimizer:
             options = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
@@ -181,9 +181,9 @@ class Run:
         if config.mixup == config.cutmix == 0:
             return None
         if config.batch_size // (processes * config.grad_accum_steps) % 2:
-            parts = f' and each of --grad-accum-steps {config.grad_accum_steps}' if config.grad_accum_steps > 1 else ''
+            parts = f' and each of `grad_accum_steps={config.grad_accum_steps}`' if config.grad_accum_steps > 1 else ''
             raise ConfigError(
-                f'--batch-size {config.batch_size}: mixup and cutmix pair images and need an even number of them in '
+                f'`batch_size={config.batch_size}`: mixup and cutmix pair images and need an even number of them in '
                 f'each of {processes} processes{parts}.'
             )
         return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
@@ -194,8 +194,8 @@ class Run:
         if is_sharded(accelerator):
             equilibrium = config.exit_weights == 'equilibrium'  # by hooks on parameters that FSDP replaces
             for option, given in (
-                ('--model-ema', config.model_ema), ('--compile', config.compile),
-                ('--exit-weights equilibrium', equilibrium),
+                ('`model_ema`', config.model_ema), ('`compile`', config.compile),
+                ('`exit_weights=equilibrium`', equilibrium),
             ):
                 if given:
                     raise ConfigError(f'{option}: cannot be had together with FSDP.')
@@ -322,7 +322,7 @@ class Run:
 
     def how_to_go_on(self) -> str:
         """Say in a sentence what to do to go on."""
-        return f'The same command with --experiment {self.folder.name} --resume auto goes on from the last checkpoint.'
+        return f'The same command with `experiment={self.folder.name}` `resume=auto` goes on from the last checkpoint.'
 
     def checkpoint(self) -> None:
         """Write a checkpoint; of one that cannot be written a warning tells, and the run goes on.

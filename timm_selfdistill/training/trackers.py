@@ -20,9 +20,9 @@ def check_trackers(names: Sequence[str]) -> None:
         if name != 'all' and name not in LOGGER_TYPE_TO_CLASS:
             known = sorted(LOGGER_TYPE_TO_CLASS)
             raise ConfigError(
-                f'--report-to {name}: unknown, expected all or some of {", ".join(known)}{nearest(name, known)}.')
+                f'`report_to={name}`: unknown, expected all or some of {", ".join(known)}{nearest(name, known)}.')
         if name != 'all' and name not in installed:
-            raise ConfigError(f'--report-to {name}: is not installed; pip install {name.replace("_", "-")} does it.')
+            raise ConfigError(f'`report_to={name}`: is not installed; pip install {name.replace("_", "-")} does it.')
 
 
 def start_trackers(
@@ -63,5 +63,5 @@ def start_trackers(
         )
     except Exception as e:  # each tracker has errors of its own: no account, no connection, no folder to write to
         raise ConfigError(
-            f'--report-to {" ".join(names)}: cannot be started: {reason_of(e)}. Mend that, or leave the tracker out.'
+            f'`report_to={" ".join(names)}`: cannot be started: {reason_of(e)}. Mend that, or leave the tracker out.'
         ) from e

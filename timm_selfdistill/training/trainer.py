@@ -162,8 +162,8 @@ def file_record(config: TrainConfig, folder: Path, reporter: Reporter) -> None:
         append_record(folder, Path(config.results))
     except OSError as e:
         reporter.say(
-            f'warning: --results {config.results}: {e.filename}: {e.strerror}. The run is complete; the same command '
-            f'with --experiment {folder.name} --resume auto tries to append it again.'
+            f'warning: `results={config.results}`: {e.filename}: {e.strerror}. The run is complete; the same command '
+            f'with `experiment={folder.name}` `resume=auto` tries to append it again.'
         )
 
 
@@ -198,7 +198,7 @@ def _train(run: Run) -> None:
         kept = f'the end of epoch {run.epoch - 1}' if run.epoch else 'before training'
         raise NonFiniteLossError(
             f'{e} {run.folder} keeps the weights from {kept}. '
-            f'A lower --lr, --clip-grad 1 or a longer --warmup-epochs may help.'
+            f'A lower `lr`, `clip_grad=1` or a longer `warmup_epochs` may help.'
         ) from e
     if metrics is None or run.unsaved:
         run.save()

@@ -2,6 +2,7 @@
 import atexit
 import errno
 import os
+import re
 import shlex
 import signal
 import sys
@@ -15,11 +16,20 @@ from typing import Callable, List, Optional, Tuple
 
 import torch
 
-from ..errors import CheckpointError, ConfigError, DataError, HubError, NonFiniteLossError, Preempted, os_error_behind
+from ..errors import (
+    SETTING,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HubError,
+    NonFiniteLossError,
+    Preempted,
+    os_error_behind,
+)
+from ..training.cpu import launcher_arguments, share_of_cores, threads_are_chosen
 from ..version import __version__
-from .cpu import launcher_arguments, share_of_cores, threads_are_chosen
 
-__all__ = ['ISSUES', 'PREEMPTED', 'relaunch_on_cpu', 'run_command']
+__all__ = ['ISSUES', 'PREEMPTED', 'as_options', 'relaunch_on_cpu', 'run_command']
 
 # Exit status after a signal: sysexits.h's EX_TEMPFAIL, "try again later".
 PREEMPTED = 75
@@ -82,6 +92,19 @@ def run_command(main: Callable[[], None]) -> None:
             signal.signal(number, handler)
 
 
+def as_options(text: str) -> str:
+    """Return a message with its settings written as options of the command line.
+
+    >>> as_options('`batch_size=0`: expected 1 or more; `streaming` needs more.')
+    '--batch-size 0: expected 1 or more; --streaming needs more.'
+    """
+    def option(setting: 're.Match[str]') -> str:
+        name, value = setting.groups()
+        return f'--{name.replace("_", "-")}' + (f' {value}' if value else '')
+
+    return SETTING.sub(option, text)
+
+
 def _interrupt(number: int, frame: Optional[FrameType]) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
@@ -107,7 +130,7 @@ def _report(error: BaseException) -> str:
         )
     sentence = str(error) if isinstance(error, Preempted) else _sentence(error)
     if sentence is not None:
-        sentence = ' '.join(line.strip() for line in sentence.splitlines())
+        sentence = as_options(' '.join(line.strip() for line in sentence.splitlines()))
         return sentence if isinstance(error, Preempted) else f'error: {sentence}'
     return (
         f'This is a fault of timm_selfdistill {__version__}. Please report it at {ISSUES} with the command and all '

@@ -19,15 +19,16 @@ from helpers import ROOT
 from helpers.images import noise_images
 from safetensors.torch import save_file
 
+from timm_selfdistill.cli import launch
+from timm_selfdistill.cli.launch import ISSUES, run_command
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.data.image_data import load_image_data
 from timm_selfdistill.data.workers import keep_worker_alive, starting_workers
 from timm_selfdistill.errors import ConfigError, DataError
 from timm_selfdistill.evaluation.trained_network import EvaluationConfig, open_network
 from timm_selfdistill.tasks import SelfDistillationTask
-from timm_selfdistill.training import cpu, launch
+from timm_selfdistill.training import cpu
 from timm_selfdistill.training.build import build_model, check_slices
-from timm_selfdistill.training.launch import ISSUES, run_command
 from timm_selfdistill.training.trackers import start_trackers
 from timm_selfdistill.training.trainer import train
 
@@ -79,7 +80,7 @@ def error_line(err):
 LOADER = '''
 import os, sys, time
 from torch.utils.data import DataLoader
-from timm_selfdistill.signals import keep_worker_alive
+from timm_selfdistill.data.workers import keep_worker_alive
 
 class Slow:
     def __len__(self):
@@ -201,8 +202,8 @@ def test_of_two_processes_the_one_with_the_bad_image_speaks_and_both_end(folder,
 DRIVER = '''
 import sys
 from timm_selfdistill.cli.options import parse_train_config
-from timm_selfdistill.training.launch import run_command
-from timm_selfdistill.run import Run
+from timm_selfdistill.cli.launch import run_command
+from timm_selfdistill.training.run import Run
 from timm_selfdistill.training.trainer import train
 
 original = Run.train_batch
@@ -327,7 +328,7 @@ def test_ctrl_c_while_a_run_starts_has_a_sentence(tmp_path, delay):
 def test_a_reader_that_goes_ends_a_recipe_in_a_sentence(tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(
-        'import sys\nfrom rich.console import Console\nfrom timm_selfdistill.training.launch import run_command\n'
+        'import sys\nfrom rich.console import Console\nfrom timm_selfdistill.cli.launch import run_command\n'
         'show = Console().print if sys.argv[1] == "rich" else print\n'
         'run_command(lambda: [show("line " * 9) for _ in range(100_000)])\n')
     for kind in ('rich', 'plain'):
@@ -373,21 +374,21 @@ def test_of_several_processes_the_first_one_shows_its_traceback(capfd, monkeypat
 # What is found out before training
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(batch_size=1), r'--batch-size 1: batch norm cannot take the variance of a single image .*Pass 2 or more'),
-    (dict(batch_size=6, grad_accum_steps=6), '--batch-size 6: batch norm .* one pixel. Pass 12 or more, two images'),
-    (dict(model='vgg13_bn', exits=None, grad_checkpointing=True), '--grad-checkpointing: vgg13_bn has none; leave it'),
-    (dict(opt='bnblion'), r'--opt bnblion: cannot be used on cpu: .*\. Choose another one, such as sgd or adamw'),
-    (dict(opt='fusednovograd'), r'--opt fusednovograd: cannot be used on cpu: .*\. Choose another one'),
-    (dict(opt='lookahead_adahessian'), '--opt lookahead_adahessian: needs gradients of gradients'),
-    (dict(opt='lookahead_sdg'), '--opt lookahead_sdg: timm has no such optimizer'),
+    (dict(batch_size=1), r'`batch_size=1`: batch norm cannot take the variance of a single image .*Pass 2 or more'),
+    (dict(batch_size=6, grad_accum_steps=6), '`batch_size=6`: batch norm .* one pixel. Pass 12 or more, two images'),
+    (dict(model='vgg13_bn', exits=None, grad_checkpointing=True), '`grad_checkpointing`: vgg13_bn has none; leave it'),
+    (dict(opt='bnblion'), r'`opt=bnblion`: cannot be used on cpu: .*\. Choose another one, such as sgd or adamw'),
+    (dict(opt='fusednovograd'), r'`opt=fusednovograd`: cannot be used on cpu: .*\. Choose another one'),
+    (dict(opt='lookahead_adahessian'), '`opt=lookahead_adahessian`: needs gradients of gradients'),
+    (dict(opt='lookahead_sdg'), '`opt=lookahead_sdg`: timm has no such optimizer'),
     (dict(model_kwargs=('features_only=True', 'out_indices=(1,)')),
-     r'--model-kwargs features_only=True out_indices=\(1,\): .* FeatureGetterNet, which has no exits to train'),
-    (dict(exits=None, model_kwargs=('truncate=0',)), '--model-kwargs truncate=0: .* which has no exits to train'),
-    (dict(model_kwargs=('act_layer=nope',)), r"--model test_resnet: KeyError: 'nope' \(with .*act_layer=nope"),
-    (dict(model_kwargs=('block=7',)), '--model test_resnet: AttributeError: .*block=7'),
+     r'`model_kwargs=features_only=True out_indices=\(1,\)`: .* FeatureGetterNet, which has no exits to train'),
+    (dict(exits=None, model_kwargs=('truncate=0',)), '`model_kwargs=truncate=0`: .* which has no exits to train'),
+    (dict(model_kwargs=('act_layer=nope',)), r"`model=test_resnet`: KeyError: 'nope' \(with .*act_layer=nope"),
+    (dict(model_kwargs=('block=7',)), '`model=test_resnet`: AttributeError: .*block=7'),
     (dict(model_kwargs=('checkpoint_path=/no/weights.safetensors',)),
-     '--model-kwargs checkpoint_path=/no/weights.safetensors: there is no such file'),
-    (dict(model_kwargs=(f'checkpoint_path={ROOT}',)), '--model-kwargs checkpoint_path=.*: this is a folder, a file'),
+     '`model_kwargs=checkpoint_path=/no/weights.safetensors`: there is no such file'),
+    (dict(model_kwargs=(f'checkpoint_path={ROOT}',)), '`model_kwargs=checkpoint_path=.*`: this is a folder, a file'),
     (dict(model_kwargs=(f'checkpoint_path={__file__}',)), '--model-kwargs checkpoint_path=.*: these are no weights of'),
 ])
 @pytest.mark.slow
@@ -436,13 +437,13 @@ def test_a_tracker_that_cannot_be_started_is_named(tmp_path, error):
         def init_trackers(self, *_, **__):
             raise error
 
-    with pytest.raises(ConfigError, match=f'--report-to wandb: cannot be started: {type(error).__name__}: .*leave the'):
+    with pytest.raises(ConfigError, match=f'`report_to=wandb`: cannot be started: {type(error).__name__}: .*leave the'):
         start_trackers(Accelerator(), ['wandb'], tmp_path, {}, 0)
 
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(device='cuda:99'), '--device cuda:99: '), (dict(device='gpu'), '--device gpu: Expected one of cpu'),
-    (dict(batch_size=0), '--batch-size 0: expected 1'), (dict(workers=-2), '--workers -2: expected 0 or more'),
+    (dict(device='cuda:99'), '`device=cuda:99`: '), (dict(device='gpu'), '`device=gpu`: Expected one of cpu'),
+    (dict(batch_size=0), '`batch_size=0`: expected 1'), (dict(workers=-2), '`workers=-2`: expected 0 or more'),
 ])
 def test_a_machine_that_cannot_do_what_is_asked_is_told_of(settings, message):
     with pytest.raises(ConfigError, match=message):
@@ -453,7 +454,7 @@ def test_a_machine_that_cannot_do_what_is_asked_is_told_of(settings, message):
 
 THREADS = '''
 import torch
-from timm_selfdistill.cpu import use_all_cores
+from timm_selfdistill.training.cpu import use_all_cores
 use_all_cores()
 print(torch.get_num_threads())
 '''
