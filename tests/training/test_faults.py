@@ -29,8 +29,7 @@ from timm_selfdistill.training.trainer import train
 
 TRAIN = RECIPES / 'train.py'
 COMPARED = ('model.safetensors', 'best/model.safetensors', 'summary.csv', 'results.json')
-GOES_ON = 'The same command with `experiment=run` `resume=auto` goes on from the last checkpoint.'
-GO_ON = 'The same command with --experiment run --resume auto goes on from the last checkpoint.'
+GOES_ON = 'The same command with --experiment run --resume auto goes on from the last checkpoint.'
 
 
 @pytest.fixture(scope='module')
@@ -278,7 +277,7 @@ def test_sigterm_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == PREEMPTED, err
-    assert re.search(rf'^Stopped by SIGTERM after step [2-8]\. {GO_ON}$', err, re.M)
+    assert re.search(rf'^Stopped by SIGTERM after step [2-8]\. {GOES_ON}$', err, re.M)
     assert 'Traceback' not in err
     assert not worker.is_running()
     train(settings(data, tmp_path))
@@ -302,7 +301,7 @@ def test_an_unreadable_image_amid_an_epoch_is_named_and_can_be_repaired(data, wh
     status, message = fail(
         capfd, lambda: train(settings(folder, tmp_path, workers=workers, checkpoint_every=None)))
     assert status == 2
-    assert re.fullmatch(rf'error: Cannot read the image in row {row} of the train part: .*[^.]\. {GO_ON}', message)
+    assert re.fullmatch(rf'error: Cannot read the image in row {row} of the train part: .*[^.]\. {GOES_ON}', message)
     assert checkpoints(tmp_path / 'run') == ['step2']
     (folder / 'train.parquet').write_bytes(good)
     train(settings(folder, tmp_path))
@@ -367,7 +366,7 @@ def test_what_fails_amid_the_evaluation_costs_no_epoch(data, whole, tmp_path, ca
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('timm_selfdistill.training.run.evaluate_exits', evaluate)
         status, message = fail(capfd, lambda: train(settings(data, tmp_path, checkpoint_every=None)))
-    assert (status, message) == (2, f'error: Cannot read the image in row 3 of the validation part: broken. {GO_ON}')
+    assert (status, message) == (2, f'error: Cannot read the image in row 3 of the validation part: broken. {GOES_ON}')
     assert checkpoints(tmp_path / 'run') == ['step4']
     train(settings(data, tmp_path))
     assert_equal(tmp_path / 'run', whole)
