@@ -1,5 +1,4 @@
 """How long a network takes to each of its exits, on the machine at hand."""
-import json
 import os
 import platform
 import statistics
@@ -20,7 +19,7 @@ from .models.exit_rule import ExitRule, single_exits
 from .models.multi_exit import MultiExit
 from .models.names import exit_names
 from .models.probe import count_macs, eval_mode, meta_probe, take_taps
-from .run_files import LATENCY_NAME
+from .run_files import LATENCY_NAME, write_json
 
 __all__ = [
     'MS', 'SHARE', 'ExitCost', 'RunCosts', 'compute_costs', 'device_time', 'exit_costs', 'measure_costs',
@@ -98,10 +97,7 @@ def measure_latency(model: MultiExit, input_size: Tuple[int, int, int], device: 
 
 def write_latency(folder: Path, model: MultiExit, input_size: Tuple[int, int, int], device: torch.device) -> None:
     """Write what `measure_latency` returns into the folder of a run."""
-    text = json.dumps(measure_latency(model, input_size, device), indent=2)
-    beside = folder / f'.{LATENCY_NAME}'
-    beside.write_text(text, encoding='utf-8')
-    beside.replace(folder / LATENCY_NAME)
+    write_json(folder / LATENCY_NAME, measure_latency(model, input_size, device))
 
 
 def device_time(device: torch.device) -> float:

@@ -1,24 +1,66 @@
-"""The files of a run: their names, whether they are complete, and how rows are added."""
+"""The files of a run: their names, how one is replaced as a whole, and how rows are added.
+
+A reader of the folder finds the old file or the new one, never half of one, at whatever moment the process is killed.
+"""
 import csv
+import json
+import os
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterator
 
-__all__ = ['CONFIG_NAME', 'LATENCY_NAME', 'RECORD', 'UNREADABLE', 'WEIGHTS_NAME', 'add_row', 'is_complete', 'keep_rows']
+__all__ = [
+    'ARGS', 'CONFIG_NAME', 'LATENCY_NAME', 'RECORD', 'RESULTS', 'SUMMARY', 'UNREADABLE', 'WEIGHTS_NAME', 'add_row',
+    'is_complete', 'keep_rows', 'replaced', 'write_json',
+]
 
-LATENCY_NAME = 'latency.json'
-
-RECORD = 'record.json'
-
-UNREADABLE = 'unreadable.csv'
-
-CONFIG_NAME = 'config.json'
-
+ARGS = 'args.yaml'  # the settings
+CONFIG_NAME = 'config.json'  # what timm builds the network from
+LATENCY_NAME = 'latency.json'  # milliseconds to each exit
+RECORD = 'record.json'  # the run in one line
+RESULTS = 'results.json'  # figures of every exit on every split, written last
+SUMMARY = 'summary.csv'  # one row an epoch
+UNREADABLE = 'unreadable.csv'  # images that were left out
 WEIGHTS_NAME = 'model.safetensors'
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Write a file beside another, and put it in its place once it is complete.
+
+    Args:
+        path: The file to replace or to create.
+
+    Yields:
+        Where to write.
+
+    Raises:
+        OSError: The place cannot be written to; the old file stays.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), 'figures.txt')
+    >>> with replaced(path) as beside:
+    ...     _ = beside.write_text('1.5')
+    >>> path.read_text(), len(list(path.parent.iterdir()))
+    ('1.5', 1)
+    """
+    beside = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file as a whole."""
+    with replaced(path) as beside:
+        beside.write_text(json.dumps(content, indent=2), encoding='utf-8')
+
+
 def is_complete(folder: Path) -> bool:
-    """Tell whether a folder holds a run that came to its end: its results are written last."""
-    return (folder / 'results.json').is_file()
+    """Return whether a folder holds a run that came to its end: its results are written last."""
+    return (folder / RESULTS).is_file()
 
 
 def keep_rows(summary: Path, epochs: int) -> None:
@@ -27,9 +69,8 @@ def keep_rows(summary: Path, epochs: int) -> None:
         return
     header, *lines = summary.read_bytes().splitlines(keepends=True) or [b'']
     kept = [line for line in lines if line.endswith(b'\n') and int(line.partition(b',')[0]) < epochs]
-    beside = summary.with_suffix('.csv.new')
-    beside.write_bytes(b''.join([header, *kept] if kept else []))
-    beside.replace(summary)
+    with replaced(summary) as beside:
+        beside.write_bytes(b''.join([header, *kept] if kept else []))
 
 
 def add_row(summary: Path, row: Dict[str, Any]) -> None:
@@ -48,9 +89,7 @@ def add_row(summary: Path, row: Dict[str, Any]) -> None:
             with summary.open('a', newline='', encoding='utf-8') as f:
                 csv.DictWriter(f, names).writerow(row)
             return
-    beside = summary.with_suffix('.csv.new')
-    with beside.open('w', newline='', encoding='utf-8') as f:
+    with replaced(summary) as beside, beside.open('w', newline='', encoding='utf-8') as f:
         writer = csv.DictWriter(f, names)
         writer.writeheader()
         writer.writerows([*rows, row])
-    beside.replace(summary)

@@ -3,7 +3,6 @@ import hashlib
 import json
 import logging
 import os
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
@@ -18,6 +17,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from ..run_files import replaced
 from .augment import eval_transform
 from .device_augment import BatchAugment, normalize, to_device
 from .epoch_order import EpochBatches
@@ -87,15 +87,11 @@ def _read_cache(path: Path, shape: Tuple[int, ...]) -> Optional[torch.Tensor]:
 
 
 def _write_cache(path: Path, pixels: torch.Tensor) -> None:
-    part = path.with_suffix(f'.{uuid.uuid4().hex}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open('wb') as file:
+        with replaced(path) as beside, beside.open('wb') as file:
             np.save(file, pixels.numpy())
-        part.replace(path)
     except OSError as e:
-        with suppress(OSError):
-            part.unlink()
         _logger.warning(f'Decoded images are not kept, {path.parent} cannot be written: {e}')
 
 

@@ -10,6 +10,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError, UnreadableImageError
+from ..run_files import replaced
 from .image_data import ImageSplit
 from .workers import keep_worker_alive, readable
 
@@ -140,10 +141,8 @@ def read_unreadable(file: Path) -> Optional[List[Unreadable]]:
 
 def write_unreadable(file: Path, images: Iterable[Unreadable]) -> None:
     """Write a list of unreadable images, all at once."""
-    beside = file.with_suffix('.csv.new')
-    with beside.open('w', newline='', encoding='utf-8') as lines:
+    with replaced(file) as beside, beside.open('w', newline='', encoding='utf-8') as lines:
         csv.writer(lines).writerows([Unreadable._fields, *images])
-    beside.replace(file)
 
 
 class SkippedImages:

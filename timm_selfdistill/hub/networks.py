@@ -1,7 +1,5 @@
 """Saves and loads networks in the format of timm and the Hugging Face Hub."""
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -13,13 +11,14 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
 from ..errors import ConfigError, WeightsError
+from ..models.exit_rule import ExitRule
 from ..models.multi_exit import MultiExit, add_exits
 from ..models.names import model_name
 from ..models.wrapper import BackboneWrapper
-from ..run_files import CONFIG_NAME, WEIGHTS_NAME
+from ..run_files import CONFIG_NAME, WEIGHTS_NAME, replaced, write_json
 from .sources import fetch_weights, read_source
 
-__all__ = ['class_names', 'load_checkpoint', 'load_network', 'names_of_run', 'save_model']
+__all__ = ['class_names', 'load_checkpoint', 'load_network', 'names_of_run', 'save_model', 'write_exit_rule']
 
 
 def save_model(
@@ -53,15 +52,12 @@ def save_model(
         shared = tensor.untyped_storage().data_ptr() in storages
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor.clone() if shared else tensor.contiguous()
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
-        save_file(tensors, Path(beside, WEIGHTS_NAME))
-        path = Path(beside, CONFIG_NAME)
-        save_config_for_hf(model, path, model_config=model_config, data_config=data_config)
-        config = json.loads(path.read_text(encoding='utf-8'))
+    with replaced(folder / CONFIG_NAME) as config_file, replaced(folder / WEIGHTS_NAME) as weights_file:
+        save_file(tensors, weights_file)
+        save_config_for_hf(model, config_file, model_config=model_config, data_config=data_config)
+        config = json.loads(config_file.read_text(encoding='utf-8'))
         config.get('model_args', {}).pop('num_classes', None)
-        path.write_text(json.dumps(config, indent=2), encoding='utf-8')
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(Path(beside, name), folder / name)
+        config_file.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
 def load_network(checkpoint: str) -> Tuple[nn.Module, Optional[Path]]:
@@ -129,3 +125,14 @@ def names_of_run(folder: Path) -> Optional[List[str]]:
         return json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8')).get('label_names')
     except (OSError, ValueError):
         return None
+
+
+def write_exit_rule(folder: Path, rule: ExitRule) -> None:
+    """Write an exit rule into the `config.json` of a folder, from which timm builds the network; all else in it stays.
+
+    Raises:
+        OSError: The file cannot be read or written.
+    """
+    content = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
+    content.setdefault('model_args', {})['early_exit'] = rule.settings()
+    write_json(folder / CONFIG_NAME, content)

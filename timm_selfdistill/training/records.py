@@ -12,16 +12,12 @@ import accelerate
 import timm
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 
 from ..config import TrainConfig
 from ..publishing import place_name, public_settings, public_text
 from ..run_files import RECORD
 from ..version import __version__
-
-try:
-    import fcntl
-except ImportError:  # Windows; there two runs that end at the same moment may cost a line
-    fcntl = None
 
 __all__ = ['TimeSheet', 'append_record', 'exit_figures', 'make_record']
 
@@ -171,9 +167,8 @@ def append_record(folder: Path, results: Path) -> None:
     """
     line = (folder / RECORD).read_bytes()
     results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open('a+b') as f:
-        if fcntl is not None:
-            fcntl.flock(f, fcntl.LOCK_EX)  # let go of when the file is closed
+    lock = FileLock(results.with_name(f'.{results.name}.lock'))  # several runs may end at the same moment
+    with lock, results.open('a+b') as f:
         f.seek(0)
         lines = f.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b'\n'):

@@ -21,7 +21,7 @@ from ..hub.push import check_destination, push_to_hub
 from ..metrics import exit_table
 from ..models.names import model_name
 from ..publishing import public_settings
-from ..run_files import RECORD, is_complete
+from ..run_files import RECORD, RESULTS, is_complete, write_json
 from .folders import choose_folder
 from .records import append_record, make_record
 from .reporter import Reporter
@@ -228,7 +228,5 @@ def _finish(run: Run, watched: ImageSplit, metrics: Dict[str, Dict[str, Any]]) -
             run.config, run.folder.name, run.data.name, split, rows, run.times.sittings(), run.steps)
         (run.folder / RECORD).write_text(json.dumps(record, ensure_ascii=False) + '\n', encoding='utf-8')
         write_card(run.folder, results=results)
-        beside = run.folder / '.results.json'  # written last and all at once, it says that the run is complete
-        beside.write_text(json.dumps(results, indent=2), encoding='utf-8')
-        beside.replace(run.folder / 'results.json')
+        write_json(run.folder / RESULTS, results)  # last: it says that the run is complete
         run.reporter.finish(run.folder, rows, split)

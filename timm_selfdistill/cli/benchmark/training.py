@@ -6,7 +6,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Literal, Optional, Tuple
 
 import psutil
 import timm
@@ -16,12 +16,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from timm_selfdistill.config import TrainConfig
-from timm_selfdistill.costs import device_time
-from timm_selfdistill.data.loaders import Loaders
-from timm_selfdistill.hub.networks import save_model
-from timm_selfdistill.training.run import Run
-from timm_selfdistill.training.trainer import create_accelerator
+from ...config import TrainConfig
+from ...costs import device_time
+from ...data.loaders import Loaders
+from ...hub.networks import save_model
+from ...training.run import Run
+from ...training.trainer import create_accelerator
+from .paired import compare
 
 Method = Literal['plain', 'deep-supervision', 'byot', 'kd']
 Batch = Tuple[torch.Tensor, torch.Tensor]
@@ -173,7 +174,7 @@ def _peak_memory(config: TrainBenchmarkConfig, method: str, folder: Path) -> Opt
         return pool.submit(_peak, config, method, folder).result()
 
 
-def measure(config: TrainBenchmarkConfig, compare: Callable, folder: Path) -> List[Dict[str, Any]]:
+def measure(config: TrainBenchmarkConfig, folder: Path) -> List[Dict[str, Any]]:
     """Measure everything; return a row a comparison.
 
     Args:
@@ -200,13 +201,13 @@ def measure(config: TrainBenchmarkConfig, compare: Callable, folder: Path) -> Li
             **{name: sorted(p[name] for p in parts)[len(parts) // 2] for name in parts[0]},
         ))
     if config.loop:
-        rows += _loop(config, compare, folder, accelerator)
+        rows += _loop(config, folder, accelerator)
     if config.loaders:
-        rows += _loaders(config, compare, folder, accelerator)
+        rows += _loaders(config, folder, accelerator)
     return rows
 
 
-def _loop(config: TrainBenchmarkConfig, compare: Callable, folder: Path, accelerator: Accelerator) -> List[Dict]:
+def _loop(config: TrainBenchmarkConfig, folder: Path, accelerator: Accelerator) -> List[Dict]:
     """Compare the trainer's loop with a bare one, with the same network over the same batches."""
     run = _open(config, 'byot', folder, 'loop', accelerator)
     batches = list(itertools.islice(_endless(run), 50 if torch.cuda.is_available() else 4))
@@ -223,7 +224,7 @@ def _loop(config: TrainBenchmarkConfig, compare: Callable, folder: Path, acceler
     ]
 
 
-def _loaders(config: TrainBenchmarkConfig, compare: Callable, folder: Path, accelerator: Accelerator) -> List[Dict]:
+def _loaders(config: TrainBenchmarkConfig, folder: Path, accelerator: Accelerator) -> List[Dict]:
     """Compare the loaders, without training."""
     run = _open(config, 'plain', folder, 'loaders', accelerator)
     kinds = {}
@@ -267,9 +268,9 @@ def render(rows: List[Dict[str, Any]], config: TrainBenchmarkConfig, console: Co
         console.print(table)
 
 
-def run_benchmark(config: TrainBenchmarkConfig, compare: Callable, console: Console) -> List[Dict[str, Any]]:
+def run_benchmark(config: TrainBenchmarkConfig, console: Console) -> List[Dict[str, Any]]:
     """Measure and show."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(config, compare, Path(folder))
+        rows = measure(config, Path(folder))
     render(rows, config, console)
     return rows

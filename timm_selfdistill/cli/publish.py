@@ -1,0 +1,49 @@
+"""Put a trained network on the Hugging Face Hub: `python recipes/publish.py --checkpoint RUN --repo org/name`."""
+import dataclasses
+from typing import Optional
+
+import tyro
+from huggingface_hub import constants
+
+from ..hub.push import push_to_hub
+from .launch import run_command
+
+
+@dataclasses.dataclass(kw_only=True)
+class PublishConfig:
+    """Put weights, config, card, pictures, figures and settings of a run on the Hub, in one commit.
+
+    Log in with `hf auth login` before, or set HF_TOKEN. A second time changes nothing, unless the run has changed.
+    """
+
+    checkpoint: str
+    """Folder of a run that is complete."""
+    repo: str = 'auto'
+    """org/name, created if needed. auto: the organisation of TIMM_SELFDISTILL_ORG or your own name, and a name made of
+    network, method and data set."""
+    exit: Optional[int] = None
+    """Publish the network that ends at this exit, with nothing of the rest in it."""
+    public: bool = False
+    """Let everybody see a repository that has to be created; without this it is private."""
+    revision: Optional[str] = None
+    """Branch, created if needed; main when None."""
+    dataset: Optional[str] = None
+    """Hub id of the data set, for the card, where the run has read a local copy: uoft-cs/cifar100."""
+
+
+def _main() -> None:
+    config = tyro.cli(PublishConfig)
+    folder = config.checkpoint.removeprefix('local-dir:')
+    repo, commit = push_to_hub(
+        folder, config.repo, config.exit, config.public, config.revision, dataset_id=config.dataset)
+    print(f'{constants.ENDPOINT}/{repo}/tree/{commit}')
+    print(f'import timm, timm_selfdistill; timm.create_model("hf-hub:{repo}", pretrained=True)')
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(_main)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,27 @@
+"""Train a multi-exit network, for example `accelerate launch recipes/train.py --model wide_resnet50_2`."""
+import sys
+
+from ..training.generations import train_generations
+from ..training.trainer import train
+from .launch import relaunch_on_cpu, run_command
+from .options import parse_train_config
+
+__all__ = ['main']
+
+
+def _main() -> None:
+    config = parse_train_config(sys.argv[1:])
+    relaunch_on_cpu()
+    if config.generations is None:
+        train(config)
+    else:
+        train_generations(config)
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(_main)
+
+
+if __name__ == '__main__':
+    main()
