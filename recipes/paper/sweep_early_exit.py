@@ -21,8 +21,8 @@ from rich.progress import track
 
 from timm_selfdistill import EarlyExit
 from timm_selfdistill.cli.launch import run_command
-from timm_selfdistill.inference.runners import randomise, small_size
-from timm_selfdistill.models.exit_rule import surety
+from timm_selfdistill.inference.cuts import randomise, small_size
+from timm_selfdistill.models.exit_rule import confidence_score
 from timm_selfdistill.models.names import times
 
 RESULTS = Path(__file__).parent / 'results'
@@ -71,14 +71,14 @@ def probe(name: str) -> Dict[str, Any]:
     start = time.perf_counter()
     predictor = EarlyExit(model)
     seconds = time.perf_counter() - start
-    run = predictor._run
+    run = predictor.runner
     # graphs were made for the size that the network was built for, which for some takes minutes
     images = torch.randn(IMAGES, *(run.size if run.kind == 'graphs' else small_size(model)))
     exits = model.forward_exits(images)
     left = torch.arange(IMAGES)
     thresholds = []
     for logits in exits[:-1]:
-        sure, order = surety(logits[left]).sort()
+        sure, order = confidence_score(logits[left]).sort()
         middle = max(1, len(left) // 2)
         # between two images, so that rounding cannot decide
         thresholds.append(sure[middle - 1:middle + 1].mean().item() if len(left) > 1 else None)

@@ -12,7 +12,7 @@ from timm_selfdistill import EarlyExit
 from timm_selfdistill.errors import SplitError
 from timm_selfdistill.hub.networks import save_model
 from timm_selfdistill.inference import runners as compaction
-from timm_selfdistill.models.exit_rule import CRITERIA, ExitRule, surety
+from timm_selfdistill.models.exit_rule import CRITERIA, ExitRule, confidence_score
 
 
 def opinionated(images, **kwargs):
@@ -49,7 +49,7 @@ def halfway(model, exits, criterion):
     """Thresholds at which about half of the images leave each exit, none of them close to one."""
     if criterion == 'patience':
         return 1
-    values = [surety(z, criterion).sort().values for z in exits[:-1]]
+    values = [confidence_score(z, criterion).sort().values for z in exits[:-1]]
     levels = [(v[len(v) // 2 - 1] + v[len(v) // 2]).item() / 2 for v in values]
     return [-v if criterion == 'entropy' else v for v in levels]
 
@@ -205,7 +205,7 @@ def test_weights_may_change_afterwards(images):
 
 
 def test_a_network_is_cut_into_graphs_where_hooks_do_not_do(model, images, exits, monkeypatch):
-    monkeypatch.setattr(compaction, '_find_cuts', lambda *args: None)
+    monkeypatch.setattr(compaction, 'find_cuts', lambda *args: None)
     small = images[..., :64, :64]
     monkeypatch.setitem(model.pretrained_cfg, 'input_size', (3, 64, 64))
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_a_network_that_mixes_images_runs_whole_batches(images):
 def test_why_whole_batches_run_is_told(model, monkeypatch, caplog):
     def refuse(*args):
         raise SplitError('test_resnet_sd cannot be exported: it is too fond of this process')
-    monkeypatch.setattr(compaction, '_find_cuts', lambda *args: None)
+    monkeypatch.setattr(compaction, 'find_cuts', lambda *args: None)
     monkeypatch.setattr('timm_selfdistill.inference.graphs.split_network', refuse)
     assert 'too fond of this process' in repr(EarlyExit(model))
     assert 'whole batches run to the end, nothing is saved' in caplog.text
@@ -287,20 +287,20 @@ def test_calibration_reaches_its_aim_and_travels(model, labelled, tmp_path, aim)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert EarlyExit(loaded).rule == predictor.rule
     assert EarlyExit(loaded, 0.5).rule.thresholds == (0.5,) * 3
-    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3).early_exit is None
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3).exit_rule is None
     loaded.reset_classifier(5)
-    assert loaded.early_exit is None
+    assert loaded.exit_rule is None
     cut = model.truncate(1)
     save_model(cut, tmp_path / 'cut')
     assert timm.create_model(f'local-dir:{tmp_path / "cut"}', pretrained=True).number == 1
-    model.early_exit = None
+    model.exit_rule = None
 
 
 def test_what_calibration_expects_is_what_a_run_measures(model, exits, images, labelled):
     predictor = EarlyExit(model)
     point = predictor.calibrate(labelled, budget=0.95).point
     again = EarlyExit(model).evaluate(labelled)  # by another one, which has not seen these images
-    model.early_exit = None
+    model.exit_rule = None
     assert again['top1'] == pytest.approx(point['top1'])
     assert again['cost'] == pytest.approx(point['cost'])
     assert again['leaving'] == pytest.approx(point['leaving'])
@@ -314,7 +314,7 @@ def test_measuring_on_images_that_were_calibrated_on_is_refused(model, images, l
     assert predictor.evaluate(others)['count'] == 8
     with pytest.raises(ValueError, match='24 of 32 images .* chosen on'):
         predictor.evaluate([*others, *labelled])
-    model.early_exit = None
+    model.exit_rule = None
 
 
 @pytest.mark.parametrize('aims', [{}, dict(budget=0.5, accuracy_drop=0.)])
@@ -334,7 +334,7 @@ def test_calibration_on_what_cannot_be_used_changes_nothing(model, images):
         predictor.calibrate([], budget=0.5)
     with pytest.raises(ValueError, match='no images'):
         predictor.evaluate([])
-    assert predictor.rule.thresholds == (0.5,) * 3 and model.early_exit is None
+    assert predictor.rule.thresholds == (0.5,) * 3 and model.exit_rule is None
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from timm.models import save_for_hf
 from timm_selfdistill import EarlyExit
 from timm_selfdistill.hub.networks import save_model
 from timm_selfdistill.inference.batches import read_batch
-from timm_selfdistill.inference.runners import randomise
+from timm_selfdistill.inference.cuts import randomise
 from timm_selfdistill.models.exit_rule import CRITERIA, ExitRule, follow_rule
 
 TARGET = torch.arange(12) % 5
@@ -46,7 +46,7 @@ def test_labels_of_every_type_calibrate_alike(model, images, labels):
     batches = [(images, labels)]
     predictor = EarlyExit(model)
     assert predictor.calibrate(batches, budget=0.9).point == expected
-    model.early_exit = predictor.rule.settings()
+    model.exit_rule = predictor.rule
     assert EarlyExit(model).evaluate(batches)['top1'] == pytest.approx(expected['top1'])
 
 
@@ -79,7 +79,7 @@ def test_batches_that_cannot_be_read_are_refused_in_a_sentence(model, images, ba
     for use in (lambda batches: predictor.calibrate(batches, budget=0.9), predictor.evaluate):
         with pytest.raises(ValueError, match=message):
             use([batch(images)])
-    assert model.early_exit is None
+    assert model.exit_rule is None
 
 
 def test_what_is_read_is_what_was_given(images):

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from timm_selfdistill import EarlyExit
 from timm_selfdistill.inference import runners as compaction
-from timm_selfdistill.inference.runners import randomise
+from timm_selfdistill.inference.cuts import randomise
 from timm_selfdistill.models.probe import eval_view
 
 # batch norm; stochastic depth and dropout; biases of attention that are kept in eval mode
@@ -109,7 +109,7 @@ def test_a_thread_that_trains_and_evaluates_meanwhile_disturbs_nobody(name):
 
 @pytest.mark.slow
 def test_graphs_are_shared_by_threads_as_well(monkeypatch):
-    monkeypatch.setattr(compaction, '_find_cuts', lambda *args: None)
+    monkeypatch.setattr(compaction, 'find_cuts', lambda *args: None)
     model, images = create('test_resnet_sd', pretrained_cfg_overlay=dict(input_size=(3, 64, 64)))
     model.train()
     before = state(model)

@@ -7,7 +7,7 @@ import torch
 
 from timm_selfdistill import EarlyExit
 from timm_selfdistill.inference import runners as compaction
-from timm_selfdistill.inference.runners import randomise
+from timm_selfdistill.inference.cuts import randomise
 from timm_selfdistill.models.exit_rule import ExitRule
 from timm_selfdistill.models.probe import take_taps
 

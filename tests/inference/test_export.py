@@ -128,7 +128,7 @@ def test_stages_let_images_leave_where_the_rule_does(name, tmp_path):
 ])
 def test_stages_decide_by_every_criterion(network, criterion, ensemble, temperatures, tmp_path, monkeypatch):
     rule = ExitRule(network.num_exits, network.num_classes, 1., criterion, temperatures, ensemble)
-    monkeypatch.setattr(network, 'early_exit', rule.settings())
+    monkeypatch.setattr(network, 'exit_rule', rule)
     manifest = export_network(network, tmp_path / 'staged', staged=True)
     session = StagedSession(tmp_path / 'staged')
     assert session.levels == ((-1., -1.) if criterion == 'entropy' else (1., 1.))

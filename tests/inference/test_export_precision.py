@@ -6,10 +6,10 @@ import torch
 
 from timm_selfdistill import EarlyExit
 from timm_selfdistill.errors import ConfigError
+from timm_selfdistill.inference.cuts import randomise
 from timm_selfdistill.inference.export import export_network
-from timm_selfdistill.inference.runners import randomise
 from timm_selfdistill.inference.staged_session import StagedSession
-from timm_selfdistill.models.exit_rule import follow_rule
+from timm_selfdistill.models.exit_rule import ExitRule, follow_rule
 
 SIZE = (3, 32, 32)
 
@@ -25,7 +25,8 @@ def create(name='test_resnet_sd', **kwargs):
 @pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16, torch.double])
 def test_a_network_in_another_precision_is_exported_in_float32(dtype, tmp_path):
     model = create(exits=(2, 3)).to(dtype)
-    model.early_exit = dict(
+    model.exit_rule = ExitRule(
+        model.num_exits,
         num_classes=5, criterion='margin', thresholds=[0.3, 0.2], temperatures=[1., 2., 1.], ensemble=True)
     manifest = export_network(model, tmp_path / 'staged', staged=True)
     assert manifest['precision'] == dict(graphs='float32', network=str(dtype).removeprefix('torch.'))

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from helpers.images import write_two_colours
 from helpers.runs import die, interrupted, resumable
 
@@ -95,12 +96,10 @@ def test_half_a_line_goes_and_a_whole_one_without_its_end_stays(tmp_path):
 
 
 def test_a_run_waits_for_another_that_is_writing_and_files_nothing_twice(tmp_path):
-    fcntl = pytest.importorskip('fcntl')
     (tmp_path / 'record.json').write_text('{"recipe": "new"}\n')
     results = tmp_path / 'rows.jsonl'
     with ThreadPoolExecutor(8) as pool:
-        with results.open('a+b') as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+        with FileLock(tmp_path / '.rows.jsonl.lock'), results.open('a+b') as f:
             waiting = [pool.submit(append_record, tmp_path, results) for _ in range(8)]
             f.write(b'{"recipe": ')
             f.flush()

@@ -19,7 +19,7 @@ from ..hub.networks import write_exit_rule
 from ..inference.calibration import Calibration, measure_thresholds, pareto
 from ..inference.early_exit import EarlyExit, EarlyExitOutput
 from ..metrics import collect_logits
-from ..models.exit_rule import ExitRule, single_exits, surety
+from ..models.exit_rule import ExitRule, confidence_score, single_exits
 from ..models.multi_exit import shown_name
 from ..run_files import is_complete, write_json
 from .launch import run_command
@@ -125,7 +125,8 @@ def first_and_last(
 
     Each with the class predicted and the true one, as `plots.plot_first_and_last` takes them.
     """
-    sure = surety(out.logits / out.temperatures[:, None], 'confidence' if criterion == 'patience' else criterion)
+    scored_by = 'confidence' if criterion == 'patience' else criterion
+    sure = confidence_score(out.logits / out.temperatures[:, None], scored_by)
     order = sure.argsort(descending=True)
     order = order[out.exit_index[order].argsort(stable=True)].tolist()
     predictions = out.logits.argmax(-1)

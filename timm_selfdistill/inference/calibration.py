@@ -216,7 +216,7 @@ def exit_curve(
 
 
 def _threshold(rule: ExitRule, level: float) -> float:
-    """Return the threshold that a level of surety belongs to, the closest one that there is."""
+    """Return the threshold that a confidence score belongs to, the closest one that there is."""
     if rule.criterion == 'entropy':
         return min(max(-level, 0.), math.log(rule.num_classes))
     return min(max(level, 0.), 1.)  # sums of rounded probabilities may exceed 1

@@ -17,7 +17,7 @@ from ..models.names import model_name
 from ..models.probe import eval_view
 from .batches import read_batch
 from .calibration import Calibration, check_aim, choose_point, exit_curve, fit_temperatures
-from .runners import CompactingRun, choose_run
+from .runners import Runner, choose_runner
 
 __all__ = ['EarlyExit', 'EarlyExitOutput']
 
@@ -57,12 +57,12 @@ class _Ready:
 
     def __init__(self, model: MultiExit):
         self.view = eval_view(model)
-        self.run: CompactingRun = choose_run(self.view)
+        self.runner: Runner = choose_runner(self.view)
         self.stages = model.stages
         self.children = [(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules]
         # graphs hold tensors and are made for one precision; whatever else runs finds those that the network has now
         held = [named for m in model.modules() for named in (m._parameters, m._buffers)]
-        graphs = self.run.kind == 'graphs'
+        graphs = self.runner.kind == 'graphs'
         self.tensors = [(named, name, tensor) for named in held for name, tensor in named.items()] if graphs else []
         self.kind = _kind(model) if graphs else None
 
@@ -93,7 +93,7 @@ class EarlyExit:
         model: The network. It is held, not copied. What torch.compile or DistributedDataParallel put around it is taken
             off: images leave between its modules, which are not compiled here.
         thresholds: Where an image is sure enough, see `ExitRule`. When this and all that follows are left out, the rule
-            that came with the model (`model.early_exit`) is taken; if it has none, no image leaves early.
+            that came with the model (`model.exit_rule`) is taken; if it has none, no image leaves early.
         criterion: What the thresholds are compared with, one of `CRITERIA`.
         temperatures: One for each exit, see `ExitRule`.
         ensemble: Let all exits passed so far decide together.
@@ -119,14 +119,14 @@ class EarlyExit:
             raise ValueError(f'{model_name(model)} has no exits to leave at: expected a model such as resnet50_sd.')
         self.model = model
         own = thresholds is None and criterion == 'confidence' and temperatures is None and not ensemble
-        if own and model.early_exit is not None:
-            self.rule = ExitRule.from_settings(model.early_exit, model.num_exits)
+        if own and model.exit_rule is not None:
+            self.rule = model.exit_rule
         else:
             self.rule = ExitRule(
                 model.num_exits, model.num_classes, thresholds, criterion, temperatures, ensemble)
         self._ready = _Ready(model)
         if not self.compacts:
-            _logger.warning(f'{model_name(model)}: {self._run.how}')
+            _logger.warning(f'{model_name(model)}: {self.runner.how}')
         self._calibrated_on: Set[bytes] = set()
 
     def __repr__(self) -> str:
@@ -139,16 +139,17 @@ class EarlyExit:
         else:
             leave = 'no image leaves early'
         ensemble = ', ensemble of the exits passed' if self.rule.ensemble else ''
-        return f'EarlyExit({model_name(self.model)}; {leave}{ensemble}; {self._run.how})'
+        return f'EarlyExit({model_name(self.model)}; {leave}{ensemble}; {self.runner.how})'
 
     @property
     def compacts(self) -> bool:
         """Whether images that leave are spared the rest of the network."""
-        return self._run.kind != 'whole'
+        return self.runner.kind != 'whole'
 
     @property
-    def _run(self) -> CompactingRun:
-        return self._ready.run
+    def runner(self) -> Runner:
+        """How the network is executed."""
+        return self._ready.runner
 
     def _make_ready(self) -> _Ready:
         """Return how to run the network as it is now.
@@ -191,7 +192,7 @@ class EarlyExit:
                 network takes, some hold NaN, or the network has other exits or classes by now.
         """
         images = _check_images(images).to(_kind(self.model)[1])
-        run = self._make_ready().run
+        run = self._make_ready().runner
         rule, heads = self.rule, self.model.exit_heads
         here: Optional[torch.Tensor] = None  # rows of the images that are still in the batch, None for all
         memory: Dict[str, torch.Tensor] = {}
@@ -256,7 +257,7 @@ class EarlyExit:
         """Choose temperatures and thresholds on held-out data.
 
         The rule's criterion stays, and whether exits decide together. The new rule is in force at once and is noted in
-        the model (`model.early_exit`), so that it is saved with it.
+        the model (`model.exit_rule`), so that it is saved with it.
 
         Args:
             loader: Images (N, C, H, W) and labels (N,) that neither training nor testing has to do with, as pairs or
@@ -301,7 +302,7 @@ class EarlyExit:
         curve = exit_curve(rule, logits, target, costs)
         point = choose_point(curve, budget, accuracy_drop, latency)
         self.rule = replace(rule, thresholds=point['thresholds'])
-        self.model.early_exit = self.rule.settings()
+        self.model.exit_rule = self.rule
         self._calibrated_on = seen
         return Calibration(self.rule, point, curve, len(target), costs)
 

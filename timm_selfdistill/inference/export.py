@@ -52,7 +52,7 @@ class _Section(nn.Module):
         number: Number of the exit.
         memory: Names of what the rule wants to know of the exit before, see `ExitRule.judge`.
 
-    The inputs are the level of surety, which the deepest exit does without, what the part takes, and the memory. The
+    The inputs are the confidence score, which the deepest exit does without, what the part takes, and the memory. The
     outputs are the logits that images leave with, whether they do (N,) except at the deepest exit, and what the next
     section takes.
     """
@@ -198,7 +198,7 @@ def export_network(
 
     Args:
         model: The network, in any mode and precision, on any device. The graphs compute in float32: onnxruntime has
-            few operators in half precision on CPUs. Its rule for early exit (`model.early_exit`) goes with it.
+            few operators in half precision on CPUs. Its exit rule (`model.exit_rule`) goes with it.
         folder: Where to; it may not hold anything yet.
         number: Number of the exit at which the network is cut off; when None it gives the logits of all exits,
             `exit0`, `exit1`, ..., each (N, num_classes).
@@ -228,10 +228,10 @@ def export_network(
     precision = next(model.parameters()).dtype
     model = copy_model(eval_view(model)).to('cpu', torch.float)
     data_config = resolve_data_config(dict(input_size=get_model_input_config(model)['input_size']), model=model)
-    if model.early_exit is None:
+    if model.exit_rule is None:
         rule = ExitRule(model.num_exits, model.num_classes)
     else:
-        rule = ExitRule.from_settings(model.early_exit, model.num_exits)
+        rule = model.exit_rule
     kind = 'staged' if staged else 'exits' if number is None else 'exit'
     manifest = dict(
         format_version=1,

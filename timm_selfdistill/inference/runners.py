@@ -1,29 +1,35 @@
-"""Runs a multi-exit network in such a way that images leave the batch on the way."""
-from collections import Counter
+"""Runners: three ways to execute a network from exit to exit while images leave the batch.
+
+`CutRunner` runs the network itself. Hooks on a few of its modules (see `cuts`) compute the exit's logits from what the
+module puts out, ask who leaves, and pass on a smaller batch. It takes images of any size.
+
+`GraphRunner` is for networks that have no such module. torch.export turns the network into one graph, which is cut
+behind each exit (see `graphs`); images leave between two graphs. It takes images of one size.
+
+`WholeRunner` is for networks in which images cannot leave at all. It runs every batch to its end, so nothing is saved.
+
+`choose_runner` tries them in this order.
+"""
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Literal, Optional, Protocol, Sequence, Tuple
+from typing import Any, Dict, List, Literal, Optional, Protocol, Sequence
 
 import torch
 import torch.nn as nn
 from timm.models import get_model_input_config
 
+from ..errors import SplitError
 from ..models.multi_exit import MultiExit
 from ..models.names import model_name, times
 from ..models.probe import copy_model, forget_caches, meta_copy, take_taps
+from .cuts import AtExit, Cut, Grid, agrees, find_candidates, randomise, small_size, spread
 
-__all__ = ['AtExit', 'CompactingRun', 'choose_run', 'randomise', 'small_size']
-
-# Called with the number of an exit and the logits of the images that came there. Returns the rows of those that go on,
-# None for all of them; nothing at the deepest exit.
-AtExit = Callable[[int, torch.Tensor], Optional[torch.Tensor]]
-
-Grid = Tuple[int, int]  # height and width of a map
+__all__ = ['CutRunner', 'GraphRunner', 'Runner', 'WholeRunner', 'choose_runner', 'find_cuts']
 
 _MOST_SIZES = 1024  # of images, whose grids are remembered
 
 
-class CompactingRun(Protocol):
+class Runner(Protocol):
     """One way to run a network.
 
     Attributes:
@@ -44,45 +50,12 @@ class CompactingRun(Protocol):
         """
 
 
-# -- in the network itself --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A module whose output is the map that an exit head takes.
-
-    Attributes:
-        module: Its name in the backbone.
-        position: Which item of its output, None where that is no tuple.
-        layout: How the map lies there, a name in `_LAYOUTS`.
-        prefix: Tokens before those of the map.
-    """
-    module: str
-    position: Optional[int]
-    layout: str
-    prefix: int = 0
-
-    def read(self, output: Any, grid: Optional[Grid]) -> torch.Tensor:
-        """Return the map (N, C, h, w) in a module's output.
-
-        Args:
-            output: What the module returned.
-            grid: Height and width of the map, which nothing in a row of tokens tells; None for a map that has them.
-        """
-        x = output if self.position is None else output[self.position]
-        if self.layout == 'NCHW':
-            return x
-        if self.layout == 'NHWC':
-            return x.permute(0, 3, 1, 2)
-        return x[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
-
-
 class _NoneLeft(Exception):
     """Stops a forward pass."""
 
 
 @dataclass
-class _Call:
+class _Batch:
     """A batch on its way through a network, of which hooks on modules know.
 
     Attributes:
@@ -98,7 +71,7 @@ class _Call:
 
 
 # Each thread has its own; without one hooks do nothing.
-_call: ContextVar[Optional[_Call]] = ContextVar('_call', default=None)
+_batch: ContextVar[Optional[_Batch]] = ContextVar('_batch', default=None)
 
 
 @dataclass
@@ -111,11 +84,11 @@ class _Leave:
         head: The exit's head.
     """
     number: int
-    cut: _Cut
+    cut: Cut
     head: nn.Module
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        call = _call.get()
+        call = _batch.get()
         if call is None or not call.wanted[self.number]:
             return None
         tap = self.cut.read(output, call.grids.get(self.number))
@@ -129,7 +102,7 @@ class _Leave:
         return _take_rows(output, rows, len(tap))
 
 
-class _HookedRun:
+class CutRunner:
     """Takes images out of the batch by hooks on the modules whose outputs the exit heads take.
 
     Args:
@@ -140,7 +113,7 @@ class _HookedRun:
     kind = 'hooks'
     how = 'images that leave are taken out of the batch'
 
-    def __init__(self, model: MultiExit, cuts: Sequence[_Cut]):
+    def __init__(self, model: MultiExit, cuts: Sequence[Cut]):
         self.model = model
         self.cuts = cuts
         self._grids: Dict[Grid, Dict[int, Grid]] = {}
@@ -178,14 +151,14 @@ class _HookedRun:
         return found
 
     def __call__(self, images: torch.Tensor, at_exit: AtExit, wanted: Sequence[bool]) -> None:
-        call = _Call(at_exit, wanted, self.grids(*images.shape[1:]))
-        before = _call.set(call)
+        call = _Batch(at_exit, wanted, self.grids(*images.shape[1:]))
+        before = _batch.set(call)
         try:
             logits = self.model.forward(images)
         except _NoneLeft:
             return
         finally:
-            _call.reset(before)
+            _batch.reset(before)
         at_exit(len(self.cuts), logits)
 
 
@@ -201,65 +174,11 @@ def _take_rows(output: Any, rows: torch.Tensor, count: int) -> Any:
     return taken
 
 
-def _items(output: Any) -> List[Tuple[Optional[int], torch.Tensor]]:
-    if isinstance(output, torch.Tensor):
-        return [(None, output)]
-    if type(output) not in (tuple, list):
-        return []
-    return [(i, item) for i, item in enumerate(output) if isinstance(item, torch.Tensor)]
-
-
-@torch.no_grad()
-def randomise(model: nn.Module, generator: Optional[torch.Generator] = None) -> None:
-    """Give a network weights with which every layer changes what passes it; many a fresh one begins as an identity.
-
-    Args:
-        model: The network.
-        generator: Draws them; torch's own when None.
-    """
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=(2 / max(1, parameter[0].numel())) ** 0.5, generator=generator)
-        else:
-            parameter.add_(torch.empty_like(parameter).normal_(generator=generator), alpha=0.02)
-
-
-def _candidates(probe: MultiExit, images: torch.Tensor) -> List[List[_Cut]]:
-    """Find for every auxiliary exit the modules that put out the map its head takes, the last to do so first."""
-    taps = [tap.clone() for tap in take_taps(probe.backbone, images, probe.exits)]
-    found: List[List[_Cut]] = [[] for _ in taps]
-    calls: Counter = Counter()
-
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            calls[name] += 1
-            for position, item in _items(output):
-                for cuts, tap in zip(found, taps):
-                    prefix = item.shape[1] - tap.shape[-2:].numel() if item.ndim == 3 else 0
-                    for layout, ndim in (('NCHW', 4), ('NHWC', 4), ('NLC', 3)):
-                        if item.ndim != ndim or item.numel() < tap.numel() or prefix < 0:
-                            continue
-                        cut = _Cut(name, position, layout, prefix)
-                        seen = cut.read(output, tap.shape[-2:])
-                        if seen.shape == tap.shape and torch.allclose(seen, tap, rtol=1e-4, atol=1e-6):
-                            cuts.insert(0, cut)
-                            break
-        return hook
-
-    handles = [m.register_forward_hook(hook_for(n)) for n, m in probe.backbone.named_modules() if n]
-    try:
-        probe.forward(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [[cut for cut in cuts if calls[cut.module] == 1] for cuts in found]
-
-
-def _find_cuts(
+def find_cuts(
         probe: MultiExit,
         images: torch.Tensor,
         expected: Sequence[torch.Tensor],
-) -> Optional[List[_Cut]]:
+) -> Optional[List[Cut]]:
     """Find modules after which images can be taken out of the batch; None if the network cannot do with fewer there.
 
     Which module makes a map is found by comparing outputs. Deep down random networks may hardly tell images apart;
@@ -271,31 +190,23 @@ def _find_cuts(
         expected: Their logits at every exit, each (N, num_classes).
     """
     noise = 1e-5
-    if images.is_cuda or any(_spread(logits) < 100 * noise * logits.abs().max() for logits in expected):
+    if images.is_cuda or any(spread(logits) < 100 * noise * logits.abs().max() for logits in expected):
         probe, images, noise = probe.double(), images.double(), 1e-9
         expected = probe.forward_exits(images)
-    candidates = _candidates(probe, images[:1])
+    candidates = find_candidates(probe, images[:1])
     if not all(candidates):
         return None
     for choice in range(max(map(len, candidates))):
         cuts = [options[min(choice, len(options) - 1)] for options in candidates]
-        run = _HookedRun(probe, cuts)
-        agrees = _agrees(run, images, expected, noise)
+        run = CutRunner(probe, cuts)
+        passes = agrees(run, images, expected, noise)
         run.remove_hooks()
-        if agrees:
+        if passes:
             return cuts
     return None
 
 
-def _spread(logits: torch.Tensor) -> torch.Tensor:
-    """Return how far the logits (N, num_classes) of images differ from their mean."""
-    return (logits - logits.mean(0)).abs().max()
-
-
-# -- as a chain of graphs ---------------------------------------------------------------------------------------------
-
-
-class _SegmentedRun:
+class GraphRunner:
     """Runs the network as a chain of graphs, of which each takes what the one before passed on.
 
     Args:
@@ -332,10 +243,7 @@ class _SegmentedRun:
                 passed = [_take_rows(tensor, rows, len(logits)) for tensor in passed]
 
 
-# -- not at all -------------------------------------------------------------------------------------------------------
-
-
-class _WholeRun:
+class WholeRunner:
     """Runs all images to the end.
 
     Args:
@@ -357,50 +265,8 @@ class _WholeRun:
                 left = left[rows]
 
 
-def _agrees(run: CompactingRun, images: torch.Tensor, expected: Sequence[torch.Tensor], noise: float) -> bool:
-    """Say whether a run gives every image the logits expected at every exit although others leave before it.
-
-    Args:
-        run: The run.
-        images: Images (N, C, H, W).
-        expected: Their logits at every exit, each (N, num_classes).
-        noise: What may be rounding, as a share of the largest logit.
-    """
-    left = torch.arange(len(images), device=images.device)
-    agreed = []
-
-    def drop_one(number: int, logits: torch.Tensor) -> Optional[torch.Tensor]:
-        nonlocal left
-        target = expected[number]
-        allowed = max(0.01 * _spread(target), noise * target.abs().max())
-        agreed.append(len(logits) == len(left) and bool((logits - target[left]).abs().max() <= allowed))
-        rows = torch.arange(len(left), device=left.device).roll(-1 - number)[:max(1, len(left) - 1)].sort().values
-        left = left[rows]
-        return rows
-
-    try:
-        run(images, drop_one, [True] * len(expected))
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):  # whatever a wrong size leads to
-        return False
-    return len(agreed) == len(expected) and all(agreed)
-
-
-def small_size(model: MultiExit) -> Tuple[int, ...]:
-    """Return channels, height and width of images that are quickly run, no larger than those it was built for."""
-    own = tuple(get_model_input_config(model)['input_size'])
-    probe = meta_copy(model)
-    for side in (96, 112, 128, 192):  # multiples of patches of 16, 14, 32
-        if side < min(own[1:]):
-            try:
-                probe.forward_exits(torch.empty(1, own[0], side, side, device='meta'))
-            except (AssertionError, RuntimeError, ValueError):  # built for another size
-                continue
-            return own[0], side, side
-    return own
-
-
 @torch.no_grad()
-def choose_run(model: MultiExit) -> CompactingRun:
+def choose_runner(model: MultiExit) -> Runner:
     """Find by probing how images can leave a network on the way.
 
     Everything is tried on a copy with random weights.
@@ -410,7 +276,7 @@ def choose_run(model: MultiExit) -> CompactingRun:
             it has to be one that nobody else runs, such as `eval_view` gives.
     """
     if not model.exits:
-        return _HookedRun(model, [])
+        return CutRunner(model, [])
     like = next(model.parameters())
     device = torch.device('cpu') if like.device.type == 'mps' else like.device
     probe = copy_model(model).to(device, torch.float)
@@ -420,18 +286,17 @@ def choose_run(model: MultiExit) -> CompactingRun:
     images = torch.randn(count, *small_size(model), generator=generator, device=device)
     expected = probe.forward_exits(images)
     forget_caches(model, probe)
-    cuts = _find_cuts(probe, images, expected)
+    cuts = find_cuts(probe, images, expected)
     if cuts is not None:
-        return _HookedRun(model, cuts)
+        return CutRunner(model, cuts)
     del probe
-    from ..errors import SplitError
     size = get_model_input_config(model)['input_size']
     images = torch.randn(count, *size, generator=generator, device=device).to(like)
     try:
-        run = _SegmentedRun(model, images)
+        run = GraphRunner(model, images)
     except SplitError as error:
-        return _WholeRun(model, str(error))
+        return WholeRunner(model, str(error))
     # TF32 rounds to 11 bits, bfloat16 to 8
-    if not _agrees(run, images, model.forward_exits(images), noise=1e-3 if like.dtype.itemsize > 2 else 1e-2):
-        return _WholeRun(model, 'the rest of the network does not go on with some of the images')
+    if not agrees(run, images, model.forward_exits(images), noise=1e-3 if like.dtype.itemsize > 2 else 1e-2):
+        return WholeRunner(model, 'the rest of the network does not go on with some of the images')
     return run

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 
-__all__ = ['CRITERIA', 'Candidate', 'ExitRule', 'Thresholds', 'follow_rule', 'single_exits', 'surety']
+__all__ = ['CRITERIA', 'Candidate', 'ExitRule', 'Thresholds', 'follow_rule', 'single_exits', 'confidence_score']
 
 Candidate = Tuple[str, Tuple[Optional[float], ...]]
 
@@ -15,7 +15,7 @@ Thresholds = Union[None, float, Sequence[Optional[float]]]
 CRITERIA = ('confidence', 'margin', 'entropy', 'patience')
 
 
-def surety(logits: torch.Tensor, criterion: str = 'confidence') -> torch.Tensor:
+def confidence_score(logits: torch.Tensor, criterion: str = 'confidence') -> torch.Tensor:
     """Say how sure an exit is of each image; more is surer.
 
     Args:
@@ -150,7 +150,7 @@ class ExitRule:
         return deepest or self.ensemble or self.criterion == 'patience' or self.thresholds[number] is not None
 
     def level(self, number: int) -> float:
-        """Return the surety from which on images leave at exit `number`."""
+        """Return the confidence score from which on images leave at exit `number`."""
         if number == self.num_exits - 1:
             return -math.inf
         threshold = self.thresholds[number]
@@ -182,7 +182,7 @@ class ExitRule:
             later['total'] = memory['total'] + logits if memory else logits
             logits = later['total'] / (number + 1)
         if self.criterion != 'patience':
-            return logits, surety(logits / self.temperatures[number], self.criterion), later
+            return logits, confidence_score(logits / self.temperatures[number], self.criterion), later
         later['prediction'] = logits.argmax(-1)
         if memory:
             later['agreed'] = (memory['agreed'] + 1) * later['prediction'].eq(memory['prediction']).to(logits.dtype)

@@ -29,7 +29,7 @@ class MultiExit(BackboneWrapper):
         exits: Where auxiliary exits stand, see `choose_exits`.
         exit_head: Kind of exit head, a name in `EXIT_HEADS`.
         num_classes: Classes; as many as the backbone has when None.
-        early_exit: When images may leave early, as `ExitRule.settings` writes it. A rule that was made for another
+        early_exit: An exit rule as `ExitRule.settings` writes it into a `config.json`. One that was made for another
             number of classes is dropped.
 
     Attributes:
@@ -39,7 +39,7 @@ class MultiExit(BackboneWrapper):
         head: The deepest exit's classifier where the backbone has none of its own, else None.
         stages: Every place where the backbone may be cut.
         distilled_training: Whether `forward` gives all exits while training.
-        early_exit: The rule that `EarlyExit` takes unless it is given another, None if there is none.
+        exit_rule: When images leave early, for `EarlyExit` unless it is given another rule. None without one.
 
     Raises:
         ValueError: `exits`, `exit_head` or `early_exit` do not fit the backbone, or the backbone already has exits.
@@ -74,7 +74,7 @@ class MultiExit(BackboneWrapper):
         self.exits = choose_exits(self.stages, exits, name, head_macs)
         self.exit_head = exit_head
         self.distilled_training = False
-        self.early_exit: Optional[Dict[str, Any]] = None
+        self.exit_rule: Optional[ExitRule] = None
         self.exit_heads = nn.ModuleList(
             create_head(num_classes=backbone.num_classes, first=i == self.exits[0], **settings[i]) for i in self.exits
         )
@@ -88,7 +88,7 @@ class MultiExit(BackboneWrapper):
             self.reset_classifier(num_classes)
         if early_exit is not None:
             rule = ExitRule.from_settings(early_exit, self.num_exits)
-            self.early_exit = rule.settings() if rule.num_classes == self.num_classes else None
+            self.exit_rule = rule if rule.num_classes == self.num_classes else None
         self.pretrained_cfg = cfg_without_weights(backbone, name + SUFFIX)
 
     # -- exits --------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class MultiExit(BackboneWrapper):
         if self.head is None:
             return copy_model(self.backbone)
         network = copy_model(self)
-        network.exits, network.exit_heads, network.early_exit = (), nn.ModuleList(), None
+        network.exits, network.exit_heads, network.exit_rule = (), nn.ModuleList(), None
         return network
 
     def _check_exit(self, k: int) -> int:
@@ -219,7 +219,7 @@ class MultiExit(BackboneWrapper):
 
     def wrapper_args(self) -> Dict[str, Any]:
         args = dict(exits=list(self.exits), exit_head=self.exit_head)
-        return args if self.early_exit is None else dict(args, early_exit=self.early_exit)
+        return args if self.exit_rule is None else dict(args, early_exit=self.exit_rule.settings())
 
     def get_classifier(self) -> nn.Module:
         """Return the deepest exit's classifier."""
@@ -228,9 +228,9 @@ class MultiExit(BackboneWrapper):
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Give every exit a fresh classifier for `num_classes` classes; the pooling is the deepest exit's.
 
-        The rule of early exit goes with the classifiers that it was made for.
+        The exit rule goes with the classifiers that it was made for.
         """
-        self.early_exit = None
+        self.exit_rule = None
         heads = list(self.exit_heads)
         if self.head is not None:
             heads.append(self.head)
@@ -257,7 +257,7 @@ class MultiExit(BackboneWrapper):
     def prune_intermediate_layers(self, indices: Union[int, List[int]] = 1, *args: Any, **kwargs: Any) -> List[int]:
         """Prune the backbone as timm does; the exits go, as the classifier does."""
         kept = self.backbone.prune_intermediate_layers(indices, *args, **kwargs)
-        self.exits, self.exit_heads, self.head, self.early_exit = (), nn.ModuleList(), None, None
+        self.exits, self.exit_heads, self.head, self.exit_rule = (), nn.ModuleList(), None, None
         self.stages = self.stages[:max(kept) + 1]
         return kept
 

@@ -133,13 +133,13 @@ def earlyon(
     from earlyon.core.types import FINAL_HEAD, EarlyExitConfig, ExitPoint
     from earlyon.core.wrappers import EarlyExitWrapper
     model = copy_model(predictor.model)  # its hooks stay, and would be called in every other pass as well
-    cuts = getattr(predictor._run, 'cuts', None)
+    cuts = getattr(predictor.runner, 'cuts', None)
     if cuts is None or any(head.takes_logits for head in model.exit_heads):
         raise ConfigError('--earlyon: it needs a module for every exit, and heads that take nothing but its output.')
     names = exit_names(model)[:model.num_exits - 1]
     deepest = len(names)
     places = zip(names, cuts, model.exits)
-    grids = predictor._run.grids(*input_size)
+    grids = predictor.runner.grids(*input_size)
     config = EarlyExitConfig(
         'own', model.num_classes,
         [ExitPoint(name, f'backbone.{cut.module}', model.stages[i].num_chs) for name, cut, i in places],

@@ -1,0 +1,159 @@
+"""Where a network may be cut: the module behind which images can be taken out of the batch.
+
+An exit head takes a feature map. Some module of the network puts that map out, in one of a few layouts: (N, C, H, W),
+(N, H, W, C), or as a row of tokens. No list of modules by name could be kept for all of timm, so the module is found by
+running a copy of the network with random weights, and comparing what its modules put out with the map.
+
+That the map passes there does not mean that nothing else does. Relative positions, a second branch or a cache may still
+belong to the whole batch. So each candidate is tried: images are dropped at every exit, and those that stay must get
+the logits that they get in a whole batch. The first choice of modules that passes is taken.
+"""
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Callable, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from timm.models import get_model_input_config
+
+from ..models.multi_exit import MultiExit
+from ..models.probe import meta_copy, take_taps
+
+__all__ = ['AtExit', 'Cut', 'Grid', 'agrees', 'find_candidates', 'randomise', 'small_size', 'spread']
+
+# Called with the number of an exit and the logits of the images that came there. Returns the rows of those that go on,
+# None for all of them; nothing at the deepest exit.
+AtExit = Callable[[int, torch.Tensor], Optional[torch.Tensor]]
+
+Grid = Tuple[int, int]  # height and width of a map
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A module whose output is the map that an exit head takes.
+
+    Attributes:
+        module: Its name in the backbone.
+        position: Which item of its output, None where that is no tuple.
+        layout: How the map lies there, a name in `_LAYOUTS`.
+        prefix: Tokens before those of the map.
+    """
+    module: str
+    position: Optional[int]
+    layout: str
+    prefix: int = 0
+
+    def read(self, output: Any, grid: Optional[Grid]) -> torch.Tensor:
+        """Return the map (N, C, h, w) in a module's output.
+
+        Args:
+            output: What the module returned.
+            grid: Height and width of the map, which nothing in a row of tokens tells; None for a map that has them.
+        """
+        x = output if self.position is None else output[self.position]
+        if self.layout == 'NCHW':
+            return x
+        if self.layout == 'NHWC':
+            return x.permute(0, 3, 1, 2)
+        return x[:, self.prefix:].transpose(1, 2).unflatten(2, grid)
+
+
+def _items(output: Any) -> List[Tuple[Optional[int], torch.Tensor]]:
+    if isinstance(output, torch.Tensor):
+        return [(None, output)]
+    if type(output) not in (tuple, list):
+        return []
+    return [(i, item) for i, item in enumerate(output) if isinstance(item, torch.Tensor)]
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, generator: Optional[torch.Generator] = None) -> None:
+    """Give a network weights with which every layer changes what passes it; many a fresh one begins as an identity.
+
+    Args:
+        model: The network.
+        generator: Draws them; torch's own when None.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=(2 / max(1, parameter[0].numel())) ** 0.5, generator=generator)
+        else:
+            parameter.add_(torch.empty_like(parameter).normal_(generator=generator), alpha=0.02)
+
+
+def find_candidates(probe: MultiExit, images: torch.Tensor) -> List[List[Cut]]:
+    """Find for every auxiliary exit the modules that put out the map its head takes, the last to do so first."""
+    taps = [tap.clone() for tap in take_taps(probe.backbone, images, probe.exits)]
+    found: List[List[Cut]] = [[] for _ in taps]
+    calls: Counter = Counter()
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            calls[name] += 1
+            for position, item in _items(output):
+                for cuts, tap in zip(found, taps):
+                    prefix = item.shape[1] - tap.shape[-2:].numel() if item.ndim == 3 else 0
+                    for layout, ndim in (('NCHW', 4), ('NHWC', 4), ('NLC', 3)):
+                        if item.ndim != ndim or item.numel() < tap.numel() or prefix < 0:
+                            continue
+                        cut = Cut(name, position, layout, prefix)
+                        seen = cut.read(output, tap.shape[-2:])
+                        if seen.shape == tap.shape and torch.allclose(seen, tap, rtol=1e-4, atol=1e-6):
+                            cuts.insert(0, cut)
+                            break
+        return hook
+
+    handles = [m.register_forward_hook(hook_for(n)) for n, m in probe.backbone.named_modules() if n]
+    try:
+        probe.forward(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [[cut for cut in cuts if calls[cut.module] == 1] for cuts in found]
+
+
+def spread(logits: torch.Tensor) -> torch.Tensor:
+    """Return how far the logits (N, num_classes) of images differ from their mean."""
+    return (logits - logits.mean(0)).abs().max()
+
+
+def agrees(run: Callable[..., None], images: torch.Tensor, expected: Sequence[torch.Tensor], noise: float) -> bool:
+    """Return whether a runner gives every image the logits expected at every exit although others leave before it.
+
+    Args:
+        run: The runner.
+        images: Images (N, C, H, W).
+        expected: Their logits at every exit, each (N, num_classes).
+        noise: What may be rounding, as a share of the largest logit.
+    """
+    left = torch.arange(len(images), device=images.device)
+    agreed = []
+
+    def drop_one(number: int, logits: torch.Tensor) -> Optional[torch.Tensor]:
+        nonlocal left
+        target = expected[number]
+        allowed = max(0.01 * spread(target), noise * target.abs().max())
+        agreed.append(len(logits) == len(left) and bool((logits - target[left]).abs().max() <= allowed))
+        rows = torch.arange(len(left), device=left.device).roll(-1 - number)[:max(1, len(left) - 1)].sort().values
+        left = left[rows]
+        return rows
+
+    try:
+        run(images, drop_one, [True] * len(expected))
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):  # whatever a wrong size leads to
+        return False
+    return len(agreed) == len(expected) and all(agreed)
+
+
+def small_size(model: MultiExit) -> Tuple[int, ...]:
+    """Return channels, height and width of images that are quickly run, no larger than those it was built for."""
+    own = tuple(get_model_input_config(model)['input_size'])
+    probe = meta_copy(model)
+    for side in (96, 112, 128, 192):  # multiples of patches of 16, 14, 32
+        if side < min(own[1:]):
+            try:
+                probe.forward_exits(torch.empty(1, own[0], side, side, device='meta'))
+            except (AssertionError, RuntimeError, ValueError):  # built for another size
+                continue
+            return own[0], side, side
+    return own
