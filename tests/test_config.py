@@ -7,6 +7,8 @@ from timm_selfdistill.cli.launch import as_options
 from timm_selfdistill.cli.options import parse_train_config
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.errors import ConfigError
+from timm_selfdistill.tasks import Linear
+from timm_selfdistill.training.build import distillation_config
 from timm_selfdistill.training.presets import PRESETS
 
 
@@ -159,10 +161,13 @@ def test_the_authors_settings():
 
 
 def test_defaults_of_teaching_depend_on_the_method():
-    assert parse_train_config([]).teaching()['tolerance'] is None
-    tsd = parse_train_config(['--patriarch', 'tsd']).teaching()
-    assert (tsd['tolerance'], tsd['eta'], tsd['k']) == ('tsd', 0.6, 5)
-    kd = parse_train_config(['--method', 'kd', '--teacher', 'resnet50']).teaching()
-    assert (kd['label_weight'], kd['teacher_temperature']) == (0.1, 4.0)
-    byot = parse_train_config(['--teacher', 'resnet50', '--label-weight', '0']).teaching()
-    assert (byot['label_weight'], byot['teacher_temperature']) == (0., 1.0)
+    def distillation(*arguments):
+        return distillation_config(parse_train_config(arguments))
+
+    assert distillation().patriarch == 'plain'
+    tsd = distillation('--patriarch', 'tsd')
+    assert (tsd.patriarch, tsd.eta, tsd.tsd_k) == ('tsd', 0.6, 5)
+    kd = distillation('--method', 'kd', '--teacher', 'resnet50')
+    assert (kd.label_weight, kd.teacher_temperature, kd.alpha, kd.hint_weight) == (0.1, 4.0, 0., 0.)
+    byot = distillation('--teacher', 'resnet50', '--label-weight', '0', '--alpha-end', '0.9')
+    assert (byot.label_weight, byot.teacher_temperature, byot.alpha) == (0., 1.0, Linear(0.5, 0.9))

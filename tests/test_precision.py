@@ -16,7 +16,7 @@ from timm_selfdistill.losses import (
     top_score_difference,
     uniform_divergence,
 )
-from timm_selfdistill.tasks import SelfDistillationTask
+from timm_selfdistill.tasks import DistillationConfig, SelfDistillationTask
 
 N, C = 16, 50
 LABELS = torch.arange(N) * 3
@@ -128,7 +128,7 @@ def test_compiled_as_one_graph_under_autocast():
             hints = [tensor(N, 8).bfloat16().requires_grad_(), None]
             with torch.autocast('cpu', torch.bfloat16):
                 value, terms = loss(
-                    logits, LABELS, hints, tensor(N, 8).bfloat16(), hint_form=form, tolerance=tolerance, eta=0.5,
+                    logits, LABELS, hints, tensor(N, 8).bfloat16(), hint_form=form, patriarch=tolerance, eta=0.5,
                     teacher_logits=tensor(N, C, seed=9).bfloat16(), label_weight=0.5)
             value.backward()
             assert {t.dtype for t in (value, *terms.values())} == {torch.float32}
@@ -142,7 +142,7 @@ def test_compiled_as_one_graph_under_autocast():
 
 
 def test_a_task_counts_in_float32_under_autocast(tiny):
-    task = SelfDistillationTask(tiny, tolerance='tsd', eta=0.5, verbose=False).train()
+    task = SelfDistillationTask(tiny, DistillationConfig(patriarch='tsd', eta=0.5), verbose=False).train()
     with torch.autocast('cpu', torch.bfloat16):
         result = task(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
     assert result['output'].dtype == torch.bfloat16

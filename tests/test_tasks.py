@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from copy import deepcopy
 
@@ -8,7 +9,7 @@ from timm.optim import create_optimizer_v2
 
 from timm_selfdistill.losses import distillation_loss
 from timm_selfdistill.models.heads import EXIT_HEADS
-from timm_selfdistill.tasks import SelfDistillationTask
+from timm_selfdistill.tasks import DistillationConfig, Linear, SelfDistillationTask
 
 
 @pytest.fixture
@@ -17,7 +18,10 @@ def batch():
 
 
 def make_task(model, **kwargs):
-    return SelfDistillationTask(model, verbose=False, **kwargs).train()
+    """Create a task of settings and, by the same names as theirs, other arguments of the task."""
+    names = {field.name for field in dataclasses.fields(DistillationConfig)}
+    config = DistillationConfig(**{name: kwargs.pop(name) for name in names & set(kwargs)})
+    return SelfDistillationTask(model, config, verbose=False, **kwargs).train()
 
 
 def test_a_step_names_its_terms_and_reaches_every_parameter(tiny, batch):
@@ -154,15 +158,12 @@ def test_an_average_of_the_weights_is_not_taught_by_a_copy_of_the_teacher(tiny):
 
 
 def test_schedules_run_from_start_to_end(tiny):
-    task = make_task(tiny, alpha=0., alpha_end=0.8, temperature=4., temperature_end=2., hint_weight=0.,
-                     hint_weight_end=0.1, weighting='ramp')
+    task = make_task(tiny, alpha=Linear(0., 0.8), temperature=Linear(4., 2.), exit_weights='ramp')
     shares = [tiny.stages[i].share for i in tiny.exits]
-    for progress, alpha, temperature, hint in ((0., 0., 4., 0.), (0.5, 0.4, 3., 0.05), (1., 0.8, 2., 0.1)):
+    for progress, alpha, temperature in ((0., 0., 4.), (0.5, 0.4, 3.), (1., 0.8, 2.)):
         task.set_progress(progress)
-        values = [task.loss_args[name] for name in ('alpha', 'temperature', 'hint_weight')]
-        assert values == pytest.approx([alpha, temperature, hint])
+        assert [task.loss_args[name] for name in ('alpha', 'temperature')] == pytest.approx([alpha, temperature])
         assert task.loss_args['weights'] == pytest.approx([0.01 + (s - 0.01) * progress for s in shares])
-    assert len(task.trainable_module.projections) == 2  # although the weight was 0 at first
 
 
 def gradients(model):
@@ -178,7 +179,7 @@ def test_in_gradient_equilibrium_a_section_learns_from_the_mean_of_the_exits_beh
         torch.nn.functional.cross_entropy(tiny.forward_exits(images)[i], target).backward()
         of_exit.append(gradients(tiny))
     tiny.zero_grad()
-    task = make_task(tiny, alpha=0., hint_weight=0., weighting='equilibrium').eval()
+    task = make_task(tiny, alpha=0., hint_weight=0., exit_weights='equilibrium').eval()
     task(images, target)['loss'].backward()
     seen = set()
     for name, gradient in gradients(tiny).items():
@@ -196,7 +197,7 @@ def test_in_the_last_phase_the_backbone_learns_from_the_deepest_exit_alone(tiny,
     torch.nn.functional.cross_entropy(tiny(images), target).backward()
     plain = gradients(tiny)
     tiny.zero_grad()
-    task = make_task(tiny, weighting=weighting).eval()
+    task = make_task(tiny, exit_weights=weighting).eval()
     task.set_last_phase()
     task(images, target)['loss'].backward()
     for name, p in tiny.backbone.named_parameters():
@@ -229,16 +230,16 @@ def test_hints_of_every_kind_of_head(exit_head, hint_on, batch):
     (dict(alpha=1.5), 'alpha=1.5: expected a number from 0 to 1'),
     (dict(alpha=math.nan), 'alpha=nan'),
     (dict(temperature=0), 'temperature=0: expected a number greater than 0'),
-    (dict(hint_weight=-1), 'hint_weight=-1: expected 0 or more'),
-    (dict(alpha_end=-0.1), 'alpha_end=-0.1: expected a number from 0 to 1'),
-    (dict(temperature_end=0), 'temperature_end=0: expected a number greater than 0'),
+    (dict(hint_weight=-1), 'hint_weight=-1: expected a number of 0 or more'),
+    (dict(alpha=Linear(0.5, -0.1)), r'alpha=Linear\(start=0.5, end=-0.1\): expected a number from 0 to 1'),
+    (dict(temperature=Linear(3., 0)), r'temperature=Linear\(.*end=0\): expected a number greater than 0'),
     (dict(teacher_temperature=-1), 'teacher_temperature=-1: expected a number greater than 0'),
     (dict(eta=1.2), 'eta=1.2: expected a number from 0 to 1'),
     (dict(label_weight=-0.5), 'label_weight=-0.5: expected a number from 0 to 1'),
-    (dict(tolerance='tsd', k=6), 'k=6: expected a number from 2 to 5, the number of classes'),
-    (dict(tolerance='lax'), "tolerance='lax': unknown, expected one of None, tsd, label-smoothing, conf"),
+    (dict(patriarch='tsd', tsd_k=6), 'tsd_k=6: expected a number from 2 to 5, the number of classes'),
+    (dict(patriarch='lax'), "patriarch='lax': unknown, expected one of plain, tsd, label-smoothing, conf"),
     (dict(exit_teacher='first'), "exit_teacher='first': unknown, expected one of deepest, ensemble, next, all"),
-    (dict(weighting='heavy'), "weighting='heavy': unknown, expected one of equal, cost, ramp, equilibrium"),
+    (dict(exit_weights='heavy'), "exit_weights='heavy': unknown, expected one of equal, cost, ramp, equilibrium"),
     (dict(hint_on='logits'), "hint_on='logits': unknown, expected one of features, maps"),
 ])
 def test_settings_out_of_range_are_refused(tiny, setting, message):
@@ -251,9 +252,9 @@ def test_settings_out_of_range_are_refused(tiny, setting, message):
 def test_a_compiled_task_is_the_same_task_without_graph_breaks_or_endless_recompiling(tiny, weighting):
     torch._dynamo.reset()
     tasks = [
-        SelfDistillationTask(
-            deepcopy(tiny), weighting=weighting, alpha_end=0.9, temperature_end=1., exit_teacher='ensemble',
-            teacher=timm.create_model('test_resnet', num_classes=5), verbose=False,
+        make_task(
+            deepcopy(tiny), exit_weights=weighting, alpha=Linear(0.5, 0.9), temperature=Linear(3., 1.),
+            exit_teacher='ensemble', teacher=timm.create_model('test_resnet', num_classes=5),
         ) for _ in range(2)
     ]
     tasks[1].load_state_dict(tasks[0].state_dict())

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 __all__ = [
     'EXIT_TEACHERS', 'EXIT_WEIGHTS', 'HINT_FORMS', 'TOLERANCES', 'confidence_penalty', 'distillation_loss',
-    'eta_for_top_score', 'exit_teachers', 'exit_weights', 'hint_loss', 'self_distillation_loss', 'supervision_terms',
+    'eta_for_top_score', 'exit_teachers', 'weigh_exits', 'hint_loss', 'self_distillation_loss', 'supervision_terms',
     'top_score_difference', 'uniform_divergence',
 ]
 
@@ -130,7 +130,7 @@ TOLERANCES: Dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 
 
 def eta_for_top_score(kind: str, top_score: float, num_classes: int, k: int = 5) -> float:
-    """Give the η at which a patriarch is best off with a certain score for the label: patriarchs of equal softness.
+    """Return the η at which a patriarch's optimum gives the label a certain score: patriarchs of equal softness.
 
     It solves for η where the derivative of η·CE + (1−η)·tolerance by the label's score is zero, all other scores (TSD:
     the runners-up, the rest nothing) being equal. TSD's optimum min(1, η(K−1) / ((1−η)K)) has a cap; the others' have
@@ -162,15 +162,15 @@ def supervision_terms(
         logits: torch.Tensor,
         target: torch.Tensor,
         criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
-        tolerance: Optional[str] = None,
+        patriarch: str = 'plain',
         eta: float = 1.0,
-        k: int = 5,
+        tsd_k: int = 5,
         teacher_logits: Optional[torch.Tensor] = None,
         label_weight: float = 1.0,
         teacher_temperature: float = 1.0,
         square_temperature: bool = True,
 ) -> Dict[str, Tuple[float, torch.Tensor]]:
-    """What one exit learns from the labels and from a teacher outside the network.
+    """Return the terms of what one exit learns from the labels and from a teacher outside the network.
 
         patriarch   η·CE(z, y) + (1−η)·tolerance(z)
         student     λ·CE(z, y) + (1−λ)·KL(z_teacher ‖ z)
@@ -182,9 +182,9 @@ def supervision_terms(
         logits: (N, num_classes).
         target: Labels (N,), or class probabilities (N, num_classes) if `criterion` takes them.
         criterion: Loss against the labels.
-        tolerance: What the patriarch minimises besides, one of `TOLERANCES`, None for nothing.
+        patriarch: What a tolerant patriarch minimises besides, one of `TOLERANCES`; `plain` for nothing.
         eta: η, share of the cross entropy against the tolerance, 0 to 1.
-        k: K of the top score difference.
+        tsd_k: K of the top score difference.
         teacher_logits: (N, num_classes), taken as constant; None without a teacher.
         label_weight: λ, share of the labels against the teacher, 0 to 1.
         teacher_temperature: Softens student and teacher.
@@ -196,13 +196,13 @@ def supervision_terms(
     logits = _precise(logits)
     if target.is_floating_point():
         target = target.to(logits.dtype)
-    eta = eta if tolerance is not None else 1.0
+    eta = eta if patriarch != 'plain' else 1.0
     label_weight = label_weight if teacher_logits is not None else 1.0
     terms: Dict[str, Tuple[float, torch.Tensor]] = {}
     if label_weight * eta > 0:
         terms['ce'] = label_weight * eta, criterion(logits, target)
     if label_weight * (1 - eta) > 0:
-        terms[tolerance] = label_weight * (1 - eta), TOLERANCES[tolerance](logits, k).mean()
+        terms[patriarch] = label_weight * (1 - eta), TOLERANCES[patriarch](logits, tsd_k).mean()
     if label_weight < 1:
         divergence = distillation_loss(logits, teacher_logits, teacher_temperature, square_temperature)
         terms['teacher'] = 1 - label_weight, divergence
@@ -210,7 +210,7 @@ def supervision_terms(
 
 
 def exit_teachers(logits: Sequence[torch.Tensor], kind: str = 'deepest') -> List[List[torch.Tensor]]:
-    """Say who teaches each auxiliary exit.
+    """Return who teaches each auxiliary exit.
 
     Args:
         logits: One tensor (N, num_classes) an exit, shallow to deep.
@@ -233,8 +233,8 @@ def exit_teachers(logits: Sequence[torch.Tensor], kind: str = 'deepest') -> List
     return [[teacher] for _ in deeper]
 
 
-def exit_weights(kind: str, shares: Sequence[float], progress: float = 1.0) -> List[float]:
-    """Weigh the auxiliary exits' losses; the deepest exit's has weight 1 throughout.
+def weigh_exits(kind: str, shares: Sequence[float], progress: float = 1.0) -> List[float]:
+    """Return the weights of the auxiliary exits' losses; the deepest exit's has weight 1 throughout.
 
     Args:
         kind: `equal`: each 1. `cost`: in proportion to the exits' shares of the compute, in sum the number of exits.
@@ -275,7 +275,7 @@ def self_distillation_loss(
         weights: Optional[Sequence[float]] = None,
         **supervision: Any,
 ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-    """The whole loss of Be Your Own Teacher: the deepest exit teaches the shallow ones.
+    """Compute the whole loss of Be Your Own Teacher: the deepest exit teaches the shallow ones.
 
         Σ_i w_i·[(1−α)·L(z_i, y) + α·KL(z_C ‖ z_i; T) + λ·d(F_i, F_C)]  over the auxiliary exits, plus L(z_C, y)
 
@@ -294,7 +294,7 @@ def self_distillation_loss(
         hint_weight: λ, the weight of the hint.
         hint_form: See `hint_loss`.
         exit_teacher: See `exit_teachers`; with several teachers the mean of their divergences.
-        weights: w_i, see `exit_weights`; all 1 when None.
+        weights: w_i, see `weigh_exits`; all 1 when None.
         **supervision: Further arguments of `supervision_terms`.
 
     Returns:

@@ -110,7 +110,7 @@ def public_settings(settings: Dict[str, Any]) -> Dict[str, Any]:
     for name, value in settings.items():
         kind = fields[name].get('kind') if name in fields else 'secret'
         if kind == 'path' and isinstance(value, str):
-            public[name] = place_name(value, fields[name]['hub_id'])
+            public[name] = place_name(value, fields[name].get('hub_id', False))
         elif kind not in ('cosmetic', 'secret'):
             public[name] = _public(value, False)
     return public

@@ -1,7 +1,8 @@
 """Training tasks: a model and the loss that trains it, behind timm's TrainingTask."""
 import logging
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -9,15 +10,113 @@ import torch.nn.functional as F
 from timm.task import DistillationTeacher, TrainingTask, resolve_classification_loss
 from timm.utils import unwrap_model
 
-from .losses import EXIT_TEACHERS, EXIT_WEIGHTS, HINT_FORMS, TOLERANCES, exit_weights, self_distillation_loss
+from .losses import EXIT_TEACHERS, EXIT_WEIGHTS, HINT_FORMS, TOLERANCES, self_distillation_loss, weigh_exits
 from .models.multi_exit import MultiExit
 from .models.names import model_name
 from .models.probe import meta_copy
 from .models.wrapper import nested_group_matcher
 
-__all__ = ['SelfDistillationModule', 'SelfDistillationTask']
+__all__ = ['DistillationConfig', 'Linear', 'SelfDistillationModule', 'SelfDistillationTask']
 
 _logger = logging.getLogger(__name__)
+
+# Settings that the loss takes as they are.
+_LOSS_ARGUMENTS = (
+    'alpha', 'temperature', 'square_temperature', 'hint_weight', 'hint_form', 'exit_teacher', 'patriarch', 'eta',
+    'tsd_k', 'label_weight', 'teacher_temperature',
+)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A number that changes linearly in the course of training.
+
+    Args:
+        start: Its value at the beginning.
+        end: Its value at the end.
+
+    >>> Linear(1.0, 3.0).at(0.25)
+    1.5
+    """
+    start: float
+    end: float
+
+    def at(self, progress: float) -> float:
+        """Return the value when a share of the training is done, 0 to 1."""
+        return self.start + (self.end - self.start) * progress
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What every exit learns, and from whom.
+
+    With `alpha` and `hint_weight` 0 it is deep supervision. The names are those of the options of the command line and
+    of the arguments of `losses`.
+
+    Args:
+        alpha: Share of the divergence against the labels at auxiliary exits, 0 to 1.
+        temperature: Softens teacher and student in the divergence, greater than 0.
+        square_temperature: Multiply the divergence by the squared temperature.
+        hint_weight: λ, the weight of the hint loss; 0 leaves it and its projections out.
+        hint_on: What the hint compares: `features`, pooled vectors, or `maps`, before the pooling.
+        hint_form: Distance of the hint, see `losses.hint_loss`.
+        hint_exits: Which auxiliary exits have a hint, `all` or `all-but-last`.
+        hint_linear: Learn a linear layer in front of every hint; otherwise only where the widths differ.
+        exit_teacher: Who teaches the auxiliary exits, see `losses.exit_teachers`.
+        exit_weights: How the auxiliary exits are weighted, see `losses.weigh_exits`.
+        patriarch: What a network without a teacher minimises besides, see `losses.supervision_terms`.
+        eta: η, share of the cross entropy against the tolerance of a patriarch, 0 to 1.
+        tsd_k: K of the top score difference.
+        label_weight: λ, share of the labels against a teacher outside the network, 0 to 1.
+        teacher_temperature: Softens student and teacher, greater than 0.
+
+    Raises:
+        ValueError: A value is out of range.
+
+    >>> DistillationConfig(alpha=Linear(0.1, 0.9)).at(0.5).alpha
+    0.5
+    """
+    alpha: Union[float, Linear] = 0.5
+    temperature: Union[float, Linear] = 3.0
+    square_temperature: bool = True
+    hint_weight: float = 0.03
+    hint_on: str = 'features'
+    hint_form: str = 'mean'
+    hint_exits: str = 'all'
+    hint_linear: bool = False
+    exit_teacher: str = 'deepest'
+    exit_weights: str = 'equal'
+    patriarch: str = 'plain'
+    eta: float = 0.6
+    tsd_k: int = 5
+    label_weight: float = 0.6
+    teacher_temperature: float = 1.0
+
+    def __post_init__(self):
+        for name, fits, allowed in (
+            ('alpha', lambda value: 0 <= value <= 1, 'from 0 to 1'),
+            ('eta', lambda value: 0 <= value <= 1, 'from 0 to 1'),
+            ('label_weight', lambda value: 0 <= value <= 1, 'from 0 to 1'),
+            ('temperature', lambda value: value > 0, 'greater than 0'),
+            ('teacher_temperature', lambda value: value > 0, 'greater than 0'),
+            ('hint_weight', lambda value: value >= 0, 'of 0 or more'),
+            ('tsd_k', lambda value: value >= 2, 'of 2 or more'),
+        ):
+            value = getattr(self, name)
+            if not all(map(fits, (value.start, value.end) if isinstance(value, Linear) else (value,))):
+                raise ValueError(f'{name}={value}: expected a number {allowed}.')
+        for name, known in (
+            ('hint_on', ('features', 'maps')), ('hint_form', HINT_FORMS), ('hint_exits', ('all', 'all-but-last')),
+            ('exit_teacher', EXIT_TEACHERS), ('exit_weights', EXIT_WEIGHTS), ('patriarch', ('plain', *TOLERANCES)),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f'{name}={value!r}: unknown, expected one of {", ".join(known)}.')
+
+    def at(self, progress: float) -> 'DistillationConfig':
+        """Return the settings when a share of the training is done, 0 to 1."""
+        return replace(self, **{
+            name: value.at(progress) for name, value in vars(self).items() if isinstance(value, Linear)})
 
 
 class SelfDistillationModule(nn.Module):
@@ -25,38 +124,27 @@ class SelfDistillationModule(nn.Module):
 
     Args:
         model: The multi-exit network.
-        hints: Also learn projections from what the auxiliary exits see to what the deepest one sees, where their widths
-            differ. They exist for the hint loss alone and are no part of the model.
-        hint_on: `features`, pooled vectors, or `maps`, before the pooling.
-        hint_exits: `all` auxiliary exits, or `all-but-last` of them.
-        hint_linear: Learn a projection also where the widths agree.
-        equilibrium: Scale the gradients in the backbone so that each of its sections learns from the mean, not the sum,
-            of the exits behind it: gradient equilibrium (Li et al., ICCV 2019, arXiv 1908.06294).
+        config: With a `hint_weight` above 0 projections are learned from what the auxiliary exits see to what the
+            deepest one sees. They exist for the hint loss alone and do not belong to the model. With `exit_weights`
+            `equilibrium` gradients in the backbone are scaled so that each of its sections learns from the mean, not
+            the sum, of the exits behind it: gradient equilibrium (Li et al., ICCV 2019, arXiv 1908.06294).
 
     Attributes:
         detach_taps: Train the backbone by the deepest exit alone; the other exits follow it.
     """
 
-    def __init__(
-            self,
-            model: MultiExit,
-            hints: bool = True,
-            hint_on: str = 'features',
-            hint_exits: str = 'all',
-            hint_linear: bool = False,
-            equilibrium: bool = False,
-    ):
+    def __init__(self, model: MultiExit, config: DistillationConfig = DistillationConfig()):
         super().__init__()
         self.model = model
-        self.hint_on = hint_on
-        self.hint_linear = hint_linear
+        self.hint_on = config.hint_on
+        self.hint_linear = config.hint_linear
         self.detach_taps = False
         like = next(model.parameters())
-        heads = list(model.exit_heads) if hints else []
+        heads = list(model.exit_heads) if config.hint_weight > 0 else []
         self.projections = nn.ModuleList(
-            self._projection(head) for head in (heads[:-1] if hint_exits == 'all-but-last' else heads)
+            self._projection(head) for head in (heads[:-1] if config.hint_exits == 'all-but-last' else heads)
         ).to(device=like.device, dtype=like.dtype)
-        if equilibrium:
+        if config.exit_weights == 'equilibrium':
             self._scale_gradients()
 
     def _projection(self, head: nn.Module) -> nn.Module:
@@ -128,34 +216,17 @@ class SelfDistillationModule(nn.Module):
 class SelfDistillationTask(TrainingTask):
     """Be Your Own Teacher (Zhang et al., ICCV 2019, arXiv 1905.08094): the deepest exit teaches the shallow ones.
 
-    With `alpha` and `hint_weight` 0 it is deep supervision; with a model without auxiliary exits, plain training. With
-    a `tolerance` the network becomes a tolerant patriarch, with a `teacher` the student of one (Yang et al., AAAI 2019,
-    arXiv 1805.05551) or of any other network (classic distillation), at every one of its exits.
+    With a model without auxiliary exits it is plain training. With a `patriarch` the network becomes a tolerant
+    patriarch, with a `teacher` the student of one (Yang et al., AAAI 2019, arXiv 1805.05551) or of any other network
+    (classic distillation), at every one of its exits.
 
     Args:
         model: The multi-exit network.
+        config: What the exits learn.
         criterion: Loss against the labels. Created from `criterion_kwargs` when None.
         criterion_kwargs: Arguments of timm's `create_classification_loss`.
-        alpha: Share of the divergence against the labels at auxiliary exits, 0 to 1.
-        temperature: Softens teacher and student in the divergence, greater than 0.
-        square_temperature: Multiply the divergence by the squared temperature.
-        hint_weight: λ, the weight of the hint loss; 0 leaves it and its projections out.
-        alpha_end: Value that `alpha` reaches at the end of training, linearly; stays as it is when None.
-        temperature_end: The same of `temperature`.
-        hint_weight_end: The same of `hint_weight`.
-        hint_on: What the hint compares, `features` or `maps`.
-        hint_form: How far apart they are, see `losses.hint_loss`.
-        hint_exits: Which auxiliary exits have a hint, `all` or `all-but-last`.
-        hint_linear: Learn a linear layer in front of every hint; otherwise where the widths differ alone.
-        exit_teacher: Who teaches the auxiliary exits, see `losses.exit_teachers`.
-        weighting: How the auxiliary exits are weighted, see `losses.exit_weights`.
-        tolerance: What a patriarch minimises beside the cross entropy, see `losses.supervision_terms`.
-        eta: η, share of the cross entropy against the tolerance, 0 to 1.
-        k: K of the top score difference.
         teacher: A timm model. It is frozen, runs in eval mode and sees the same images, normalised as it expects.
         teacher_classes: For each class of the model its number among the teacher's; the same numbers when None.
-        label_weight: λ, share of the labels against the teacher, 0 to 1.
-        teacher_temperature: Softens student and teacher, greater than 0.
         mean: Mean of the channels that the images were normalised with; the model's when None. The teacher needs it.
         std: Standard deviation of the channels, likewise.
         device: Device for task tensors.
@@ -163,34 +234,22 @@ class SelfDistillationTask(TrainingTask):
         verbose: Log the settings.
 
     Raises:
-        ValueError: A setting is out of range, or the teacher has other classes than the model.
+        ValueError: A setting does not fit the model, or the teacher has other classes than the model.
+
+    >>> import timm, timm_selfdistill
+    >>> task = SelfDistillationTask(timm.create_model('test_resnet_sd', num_classes=5, exits=(2, 3)), verbose=False)
+    >>> result = task.train()(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
+    >>> result['loss'].backward()
     """
 
     def __init__(
             self,
             model: MultiExit,
+            config: DistillationConfig = DistillationConfig(),
             criterion: Optional[Callable] = None,
             criterion_kwargs: Optional[Dict[str, Any]] = None,
-            alpha: float = 0.5,
-            temperature: float = 3.0,
-            square_temperature: bool = True,
-            hint_weight: float = 0.03,
-            alpha_end: Optional[float] = None,
-            temperature_end: Optional[float] = None,
-            hint_weight_end: Optional[float] = None,
-            hint_on: str = 'features',
-            hint_form: str = 'mean',
-            hint_exits: str = 'all',
-            hint_linear: bool = False,
-            exit_teacher: str = 'deepest',
-            weighting: str = 'equal',
-            tolerance: Optional[str] = None,
-            eta: float = 0.6,
-            k: int = 5,
             teacher: Optional[nn.Module] = None,
             teacher_classes: Optional[Sequence[int]] = None,
-            label_weight: float = 0.6,
-            teacher_temperature: float = 1.0,
             mean: Optional[Sequence[float]] = None,
             std: Optional[Sequence[float]] = None,
             device: Optional[torch.device] = None,
@@ -198,58 +257,20 @@ class SelfDistillationTask(TrainingTask):
             verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        self.schedules = dict(
-            alpha=(alpha, alpha if alpha_end is None else alpha_end),
-            temperature=(temperature, temperature if temperature_end is None else temperature_end),
-            hint_weight=(hint_weight, hint_weight if hint_weight_end is None else hint_weight_end),
-        )
-        for name, values in dict(self.schedules, eta=(eta,), label_weight=(label_weight,)).items():
-            for suffix, value in zip(('', '_end'), values):
-                if name in ('alpha', 'eta', 'label_weight') and not 0 <= value <= 1:
-                    raise ValueError(f'{name}{suffix}={value}: expected a number from 0 to 1.')
-                if name == 'temperature' and not value > 0:
-                    raise ValueError(f'{name}{suffix}={value}: expected a number greater than 0.')
-                if name == 'hint_weight' and not value >= 0:
-                    raise ValueError(f'{name}{suffix}={value}: expected 0 or more.')
-        if not teacher_temperature > 0:
-            raise ValueError(f'teacher_temperature={teacher_temperature}: expected a number greater than 0.')
-        for name, value, known in (
-            ('hint_on', hint_on, ('features', 'maps')), ('hint_form', hint_form, HINT_FORMS),
-            ('hint_exits', hint_exits, ('all', 'all-but-last')), ('exit_teacher', exit_teacher, EXIT_TEACHERS),
-            ('weighting', weighting, EXIT_WEIGHTS), ('tolerance', tolerance, (None, *TOLERANCES)),
-        ):
-            if value not in known:
-                raise ValueError(f'{name}={value!r}: unknown, expected one of {", ".join(map(str, known))}.')
-        if tolerance == 'tsd' and not 2 <= k <= model.num_classes:
-            raise ValueError(f'k={k}: expected a number from 2 to {model.num_classes}, the number of classes.')
+        if config.patriarch == 'tsd' and config.tsd_k > model.num_classes:
+            raise ValueError(
+                f'tsd_k={config.tsd_k}: expected a number from 2 to {model.num_classes}, the number of classes.')
+        self.config = config
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
-        self.loss_args = dict(
-            square_temperature=square_temperature,
-            hint_form=hint_form,
-            exit_teacher=exit_teacher,
-            tolerance=tolerance,
-            eta=eta,
-            k=k,
-            label_weight=label_weight,
-            teacher_temperature=teacher_temperature,
-        )
         self.compute_loss, self.compiled = self_distillation_loss, False
-        self.weighting = weighting
         self.shares = [model.stages[i].share for i in model.exits]
-        self.trainable_module = SelfDistillationModule(
-            model,
-            hints=max(self.schedules['hint_weight']) > 0,
-            hint_on=hint_on,
-            hint_exits=hint_exits,
-            hint_linear=hint_linear,
-            equilibrium=weighting == 'equilibrium',
-        )
+        self.trainable_module = SelfDistillationModule(model, config)
         self.teacher: Optional[DistillationTeacher] = None
         if teacher is not None:
             self._set_teacher(teacher, teacher_classes, model, mean, std)
         self.set_progress(0.)
         if self.verbose:
-            _logger.info(f'{type(self).__name__}: {self.schedules}, {self.loss_args}')
+            _logger.info(f'{type(self).__name__}: {config}')
 
     def _set_teacher(
             self,
@@ -291,13 +312,17 @@ class SelfDistillationTask(TrainingTask):
         return self
 
     def set_progress(self, progress: float) -> None:
-        """Say which part of the training is done, 0 to 1: what has a schedule follows it."""
+        """Set what changes in the course of training to its value when a share of it is done, 0 to 1."""
+        now = self.config.at(progress)
         # torch 2.8 compiles numbers that are calculated with into the graph, changing ones anew in every step
         moving = torch.tensor if self.compiled else float
-        for name, (start, end) in self.schedules.items():
-            self.loss_args[name] = start if start == end else moving(start + (end - start) * progress)
-        weights = exit_weights(self.weighting, self.shares, progress)
-        self.loss_args['weights'] = [moving(w) for w in weights] if self.weighting == 'ramp' else weights
+        self.loss_args = {name: getattr(now, name) for name in _LOSS_ARGUMENTS}
+        for name in ('alpha', 'temperature'):
+            value = getattr(self.config, name)
+            if isinstance(value, Linear) and value.start != value.end:
+                self.loss_args[name] = moving(self.loss_args[name])
+        weights = weigh_exits(now.exit_weights, self.shares, progress)
+        self.loss_args['weights'] = [moving(w) for w in weights] if now.exit_weights == 'ramp' else weights
 
     def set_last_phase(self, enable: bool = True) -> None:
         """Train the backbone by the deepest exit alone; the other exits follow it without changing it."""

@@ -1,14 +1,13 @@
 #!/usr/bin/env python
 """Train the rows of the CIFAR-100 table on one GPU: `python recipes/paper/run_rows.py --data-dir DATA --hours 8`.
 
-A row is a file of `recipes/cifar100` and a seed. Rows run one after the other, those that are complete are left alone,
-and when the time is up the one at work writes a checkpoint; the same command goes on, on another machine too if
-`--output` and `--results` are copied there. `python recipes/paper/table.py` prints what there is so far. What follows
-a `--` goes to `recipes/train.py` in every row: `-- --compile`. With several GPUs, start one driver for each, with rows
-or seeds of its own: `CUDA_VISIBLE_DEVICES=1 python recipes/paper/run_rows.py --seeds 1 ...`.
+A row is a network, a protocol of `recipes/cifar100` (see `rows.py`), and a seed. Rows run one after the other; those
+that are complete are left alone. When the time is up the one at work writes a checkpoint, and the same command resumes
+it, on another machine too if `--output` and `--results` are copied there. `python recipes/paper/table.py` prints what
+there is so far. What follows a `--` goes to `recipes/train.py` in every row: `-- --compile`. With several GPUs, start
+one driver for each, with rows or seeds of its own: `CUDA_VISIBLE_DEVICES=1 python recipes/paper/run_rows.py --seeds 1`.
 """
 import dataclasses
-import fnmatch
 import os
 import shlex
 import shutil
@@ -19,35 +18,18 @@ from pathlib import Path
 from typing import Dict, List, Literal, Optional, Tuple
 
 import tyro
+from rows import find_rows
 
 from timm_selfdistill.cli.launch import PREEMPTED, run_command
 from timm_selfdistill.cli.options import parse_train_config
 from timm_selfdistill.config import TrainConfig
-from timm_selfdistill.errors import ConfigError, nearest
+from timm_selfdistill.errors import ConfigError
 from timm_selfdistill.run_files import is_complete
 from timm_selfdistill.training.folders import recipe_problem
 from timm_selfdistill.training.records import append_record
 from timm_selfdistill.training.signals import StopSignals
 
 HERE = Path(__file__).parent
-RECIPES = HERE.parent
-ROWS = RECIPES / 'cifar100'
-
-# What is wanted first; of each line one seed of everything comes before the next seed.
-ORDER = (
-    ('resnet18_plain', 'resnet18_deep_supervision', 'resnet18_byot'),
-    ('resnet18_plain_later', 'resnet18_deep_supervision_later', 'resnet18_byot_later'),
-    (
-        'resnet50_plain', 'resnet50_deep_supervision', 'resnet50_byot', 'resnet50_plain_later',
-        'resnet50_deep_supervision_later', 'resnet50_byot_later',
-    ),
-    ('resnet110_generations', 'resnet110_generations_tsd'),
-    ('resnet18_*_best', 'resnet50_*_best'),
-    ('densenet100_12_*',),
-    ('vgg19_bn_*', 'wide_resnet20_8_*', 'resnext29_8x64d_*', 'pyramidnet101_a240_*', 'resnet101_*', 'resnet152_*'),
-    ('wide_resnet44_8_*', 'wide_resnet28_12_*'),
-)
-
 
 @dataclasses.dataclass
 class RowsConfig:
@@ -56,8 +38,8 @@ class RowsConfig:
     data_dir: Optional[str] = None
     """Folder of CIFAR-100; when None, say where the data are behind the --, as in -- --dataset uoft-cs/cifar100."""
     rows: Tuple[str, ...] = ()
-    """Rows to train, in this order: names of files in recipes/cifar100, patterns of them such as 'resnet18_*', or paths
-    of files. When none are given all of the table, ResNet-18 first."""
+    """Rows to train, in this order: names such as resnet18_byot, patterns of them such as 'resnet18_*', or YAML
+    files. When none are given all of the table, ResNet-18 first."""
     seeds: Tuple[int, ...] = (0, 1, 2)
     """Seeds of every row."""
     hours: Optional[float] = None
@@ -115,26 +97,6 @@ class Job:
             shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
 
 
-def find_rows(rows: Tuple[str, ...]) -> List[List[Path]]:
-    """Find the files of rows, in blocks that belong together.
-
-    Raises:
-        ConfigError: There is no such row.
-    """
-    known = sorted(path.stem for path in ROWS.glob('*_*.yaml'))  # what they stand on has names of one word
-    blocks = []
-    for block in [rows] if rows else ORDER:
-        paths = []
-        for row in block:
-            found = [ROWS / f'{name}.yaml' for name in fnmatch.filter(known, row)]
-            found = found or [Path(row)] * Path(row).is_file()
-            if not found:
-                raise ConfigError(f'--rows {row}: no such row in {ROWS} and no such file{nearest(row, known)}.')
-            paths += found
-        blocks.append(list(dict.fromkeys(paths)))
-    return blocks
-
-
 def plan(config: RowsConfig, options: List[str]) -> List[Job]:
     """List what is to be done, in order.
 
@@ -145,15 +107,15 @@ def plan(config: RowsConfig, options: List[str]) -> List[Job]:
     for block in find_rows(config.rows):
         parsed = {}
         for seed in config.seeds:
-            for path in block:
-                name = f'{path.stem}-seed{seed}'
+            for row in block:
+                name = f'{row.name}-seed{seed}'
                 arguments = [
-                    '-c', str(path), '--recipe', path.stem, '--output', config.output, '--results', config.results,
+                    *row.arguments, '--recipe', row.name, '--output', config.output, '--results', config.results,
                     '--resume', 'auto', '--checkpoint-every', '10m', '--experiment', name,
                     *(('--data-dir', config.data_dir) if config.data_dir else ()), *options, '--seed', str(seed),
                 ]
-                parsed[path] = parsed.get(path) or parse_train_config(arguments)
-                own = dataclasses.replace(parsed[path], seed=seed, experiment=name)
+                parsed[row] = parsed.get(row) or parse_train_config(arguments)
+                own = dataclasses.replace(parsed[row], seed=seed, experiment=name)
                 jobs.setdefault(name, Job(name, arguments, own))
     return list(jobs.values())
 
@@ -163,7 +125,7 @@ def train(job: Job, log: Path, environment: Dict[str, str], deadline: float, sig
     stopped = False
     with log.open('ab') as f:
         process = subprocess.Popen(
-            [sys.executable, str(RECIPES / 'train.py'), *job.arguments],
+            [sys.executable, str(HERE.parent / 'train.py'), *job.arguments],
             stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
         )
         while process.poll() is None:

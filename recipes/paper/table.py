@@ -3,7 +3,7 @@
 
 Mean ± standard deviation over seeds of the last epoch's test accuracies. A gain is the difference to plain training by
 the same recipe: the runs whose settings differ in nothing but what teaches. Nothing is averaged over runs of different
-settings, and settings that are not those of the row's file are told.
+settings, and settings that are not those of the row are reported.
 """
 import collections
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import tyro
 from matplotlib.figure import Figure
+from rows import METHODS, PROTOCOLS, ROWS
 
 from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.cli.options import parse_train_config
@@ -22,7 +23,6 @@ from timm_selfdistill.config import INCIDENTAL, PLACES, TrainConfig
 from timm_selfdistill.errors import ConfigError
 
 HERE = Path(__file__).parent
-ROWS = HERE.parent / 'cifar100'
 
 # Be Your Own Teacher (Zhang et al., ICCV 2019, arXiv 1905.08094), CIFAR-100, top-1: baseline, exits, ensemble.
 PAPER = {
@@ -43,12 +43,10 @@ LATER = {'resnet18': ((76.25, 79.30, 81.06, 81.33), 82.32)}
 # Settings by which what teaches differs, and not the recipe.
 TEACHING = {
     'method', 'exits', 'exit_head', 'alpha', 'alpha_end', 'temperature', 'temperature_end', 'square_temperature',
-    'hint_weight', 'hint_weight_end', 'hint_on', 'hint_form', 'hint_exits', 'hint_linear', 'exit_teacher',
+    'hint_weight', 'hint_on', 'hint_form', 'hint_exits', 'hint_linear', 'exit_teacher',
     'exit_weights', 'last_phase_epochs', 'teacher', 'label_weight', 'teacher_temperature', 'patriarch', 'eta', 'tsd_k',
     'generations', 'superclass_column', 'seed',
 }
-RECIPES = ('', '_later', '_best')
-METHODS = ('plain', 'deep_supervision', 'byot')
 COLUMNS = (
     'recipe', 'runs', 'exit 0', 'exit 1', 'exit 2', 'deepest', 'ensemble', 'deepest, gain', 'ensemble, gain',
     'ECE, deepest', 'hours', 'images/s',
@@ -101,23 +99,23 @@ def _differences(one: Row, other: Row, without: Iterable[str]) -> List[str]:
 
 
 def recipes_of(network: str) -> List[str]:
-    """List a network's recipes that have a file: plain training first, the paper's setting first."""
-    names = [f'{network}_{method}{recipe}' for recipe in RECIPES for method in METHODS]
+    """List a network's recipes that have a row: plain training first, the paper's setting first."""
+    names = [f'{network}_{method}{recipe}' for recipe in PROTOCOLS for method in METHODS]
     for name in (f'{network}_generations', f'{network}_generations_tsd'):
-        if (ROWS / f'{name}.yaml').exists():
+        if name in ROWS:
             count = _settings_of(name)['generations']
             names += [f'{name}/generation{number}' for number in range(count + 1)]
-    return [name for name in names if '/' in name or (ROWS / f'{name}.yaml').exists()]
+    return [name for name in names if '/' in name or name in ROWS]
 
 
 def _settings_of(name: str) -> Row:
-    return parse_train_config(['-c', str(ROWS / f'{name}.yaml')]).settings()
+    return parse_train_config(ROWS[name].arguments).settings()
 
 
 def changed_settings(recipe: str, rows: Sequence[Row]) -> List[str]:
-    """Say what runs were trained with that their row's file does not say."""
+    """Say what runs were trained with that their row does not say."""
     name, _, generation = recipe.partition('/')
-    if not (ROWS / f'{name}.yaml').exists():
+    if name not in ROWS:
         return []
     without = {*INCIDENTAL, *PLACES, 'seed'}
     if generation:  # a generation's own settings
@@ -231,7 +229,7 @@ def render(runs: Dict[str, List[Row]]) -> str:
         where = ', '.join(dict.fromkeys(f'{row["dataset"]}, {row["part"]} part' for row in rows))
         paragraphs += [f'Top-1 accuracy in percent: {where}; the last epoch, mean ± standard deviation over seeds.']
         paragraphs += [_markdown(lines)]
-        paragraphs += [f'({i}) not as its file says: {note}.' for i, note in enumerate(notes, 1)]
+        paragraphs += [f'({i}) not as its row says: {note}.' for i, note in enumerate(notes, 1)]
         paragraphs.append('Trained with: ' + ' | '.join(
             f'{key}: {"; ".join(dict.fromkeys(row[key] for row in rows))}'
             for key in ('hardware', 'precision', 'torch', 'timm', 'commit')))

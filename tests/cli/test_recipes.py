@@ -1,5 +1,4 @@
 """The files of settings under recipes: they hold, and stay what they are called."""
-import runpy
 import subprocess
 import sys
 
@@ -7,24 +6,20 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import PAPER, RECIPES
+from helpers import RECIPES
 from PIL import Image
+from rows import ROWS, find_rows
 
 from timm_selfdistill.cli.options import parse_train_config
 
-ROWS = sorted(RECIPES.glob('cifar100/*_*.yaml'))
 PAPERS = (
     'vgg19_bn', 'resnet18', 'resnet50', 'resnet101', 'resnet152', 'resnext29_8x64d', 'wide_resnet20_8',
     'wide_resnet44_8', 'wide_resnet28_12', 'pyramidnet101_a240')
 METHODS = dict(plain='plain', deep_supervision='deep-supervision', byot='byot')
 
 
-def read(name):
-    return parse_train_config(['-c', str(RECIPES / f'{name}.yaml')])
-
-
 def row(network, method, recipe=''):
-    return read(f'cifar100/{network}_{method}{recipe}')
+    return parse_train_config(ROWS[f'{network}_{method}{recipe}'].arguments)
 
 
 @pytest.mark.parametrize('network', PAPERS)
@@ -56,7 +51,7 @@ def test_baselines_are_trained_like_what_they_stand_beside(network, recipe):
 
 
 def test_the_packaged_network_has_a_baseline_trained_like_it():
-    packaged, plain = (read(f'cifar100/resnet20_packaged{kind}').settings() for kind in ('', '_plain'))
+    packaged, plain = (row('resnet20', f'packaged{kind}').settings() for kind in ('', '_plain'))
     assert packaged['method'] == 'byot' and {**packaged, 'method': 'plain'} == plain
 
 
@@ -70,18 +65,18 @@ def test_lines_of_generations_differ_in_their_patriarch(network):
 
 
 def test_the_driver_takes_every_row_once():
-    blocks = runpy.run_path(str(PAPER / 'run_rows.py'))['find_rows'](())
-    taken = [path.stem for block in blocks for path in block]
+    taken = [row.name for block in find_rows(()) for row in block]
     assert len(taken) == len(set(taken))
-    assert set(taken) == {path.stem for path in ROWS} - {'resnet20_packaged', 'resnet20_packaged_plain'}
+    assert set(taken) == set(ROWS) - {'resnet20_packaged', 'resnet20_packaged_plain'}
     assert taken[:6] == [f'resnet18_{method}{recipe}' for recipe in ('', '_later') for method in METHODS]
     assert max(map(taken.index, ('resnet50_plain', 'resnet50_byot_later'))) < taken.index('resnet110_generations')
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path', [
-    path for path in sorted(RECIPES.glob('imagenet/*.yaml')) if path.stem != 'base'], ids=lambda path: path.stem)
-def test_imagenet_recipes_train_on_a_folder_of_images(path, tmp_path):
+@pytest.mark.parametrize('protocol, model', [
+    ('sgd', 'resnet18'), ('sgd', 'resnet50'), ('vgg', 'vgg19_bn'), ('vit', 'vit_small_patch16_224')])
+def test_imagenet_recipes_train_on_a_folder_of_images(protocol, model, tmp_path):
+    path = RECIPES / 'imagenet' / f'{protocol}.yaml'
     rng = np.random.default_rng(0)
     for part, count in (('train', 6), ('val', 2)):
         for name in ('ant', 'bee', 'cat'):
@@ -90,8 +85,9 @@ def test_imagenet_recipes_train_on_a_folder_of_images(path, tmp_path):
                 pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / 'images' / part / name / f'{i}.jpg')
     out = subprocess.run(
-        [sys.executable, RECIPES / 'train.py', '-c', path, '--data-dir', tmp_path / 'images', '--epochs', '1',
-         '--img-size', '32', '--batch-size', '8', '--workers', '1', '--warmup-epochs', '0',
+        [sys.executable, RECIPES / 'train.py', '-c', path, '--model', model,
+         '--data-dir', tmp_path / 'images', '--epochs', '1', '--img-size', '32',
+         '--batch-size', '8', '--workers', '1', '--warmup-epochs', '0',
          '--output', tmp_path / 'runs', '--experiment', 'run'],
         capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr[-3000:]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from timm_selfdistill.data.image_data import hold_out, load_image_data
 from timm_selfdistill.data.labels import Classes, match_classes, shortened
 from timm_selfdistill.errors import DataError
-from timm_selfdistill.tasks import SelfDistillationTask
+from timm_selfdistill.tasks import DistillationConfig, SelfDistillationTask
 
 NAMES = ['apple', 'bus', 'castle', 'lion', 'rose']
 
@@ -247,7 +247,8 @@ def test_a_teachers_classes_are_matched_by_name():
     teacher = timm.create_model('test_resnet', num_classes=5).eval()
     classes = match_classes(NAMES, ['rose', 'apple', 'lion'], 5, 3, 'The teacher')
     assert classes == [4, 0, 3]
-    task = SelfDistillationTask(student, teacher=teacher, teacher_classes=classes, label_weight=0., verbose=False)
+    task = SelfDistillationTask(
+        student, DistillationConfig(label_weight=0.), teacher=teacher, teacher_classes=classes, verbose=False)
     task.train()
     images = torch.randn(4, 3, 64, 64)
     loss = task(images, torch.tensor([0, 1, 2, 0]))['loss']

@@ -111,7 +111,7 @@ def test_a_row_that_there_is_not_is_named(driver):
     with pytest.raises(driver.ConfigError, match='no such file; the nearest names are resnet18_plain'):
         driver.find_rows(('resnet18_plan',))
     (block,) = driver.find_rows(('resnet18_*_best', 'resnet18_byot', 'resnet18_byot*'))
-    assert [path.stem for path in block] == [
+    assert [row.name for row in block] == [
         'resnet18_byot_best', 'resnet18_deep_supervision_best', 'resnet18_plain_best', 'resnet18_byot',
         'resnet18_byot_later']
 

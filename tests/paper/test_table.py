@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers import PAPER, RECIPES
+from helpers import PAPER
+from rows import ROWS
 
 from timm_selfdistill.cli.options import parse_train_config
 from timm_selfdistill.config import INCIDENTAL
@@ -20,9 +21,9 @@ def table():
 
 
 def row(recipe, seed, top1, ensemble=None, **changed):
-    """Make the line of a run that was trained as its file says, but for what is changed."""
+    """Make the line of a run that was trained as its row says, but for what is changed."""
     name, _, generation = recipe.partition('/generation')
-    settings = parse_train_config(['-c', str(RECIPES / 'cifar100' / f'{name}.yaml')]).settings()
+    settings = parse_train_config(ROWS[name].arguments).settings()
     if generation:
         settings.update(generations=None)
         if int(generation):
@@ -66,7 +67,7 @@ def test_mean_and_spread_over_seeds_and_gains_over_plain_training_alike(table, t
     assert set(list(cells(table, text, 'resnet18_deep_supervision').values())[1:]) == {'-'}
     paper = cells(table, text, '*the paper, BYOT*')
     assert (paper['exit 0'], paper['deepest'], paper['ensemble, gain']) == ('67.85', '78.64', '+2.58')
-    assert 'No figures yet: vgg19_bn, resnet50' in text and 'not as its file says' not in text
+    assert 'No figures yet: vgg19_bn, resnet50' in text and 'not as its row says' not in text
 
 
 def test_generations_stand_beside_the_plain_patriarch(table, tmp_path):
@@ -79,7 +80,7 @@ def test_generations_stand_beside_the_plain_patriarch(table, tmp_path):
         cells(table, text, f'resnet110_generations{name}')['deepest, gain']
         for name in ('/generation0', '/generation1', '_tsd/generation0', '_tsd/generation1')]
     assert gains == ['-', '+4.00', '+1.00', '+3.00']
-    assert 'not as its file says' not in text
+    assert 'not as its row says' not in text
     assert cells(table, text, 'resnet110_generations/generation5')['deepest'] == '-'
 
 
@@ -87,7 +88,7 @@ def test_runs_not_trained_as_their_file_says_are_told_apart(table, tmp_path):
     runs = table['read_runs'](write(
         tmp_path / 'r', row('resnet18_plain', 0, [20.], epochs=1), row('resnet18_byot', 0, [1., 2., 3., 50.], 60.)))
     text = table['render'](runs)
-    assert '(1) not as its file says: epochs 1 instead of 200.' in text
+    assert '(1) not as its row says: epochs 1 instead of 200.' in text
     assert cells(table, text, 'resnet18_plain (1)')['deepest'] == '20.00'
     assert cells(table, text, 'resnet18_byot')['deepest, gain'] == '-'
 
@@ -96,7 +97,7 @@ def test_a_line_from_before_a_setting_existed_has_its_default(table, tmp_path):
     old, new = row('resnet20_packaged', 0, [1., 2.], 3.), row('resnet20_packaged', 1, [1., 2.], 3.)
     for name in ('hint_form', 'decay_norms_and_biases'):
         del old['settings'][name]
-    assert 'not as its file says' not in table['render'](table['read_runs'](write(tmp_path / 'r', old, new)))
+    assert 'not as its row says' not in table['render'](table['read_runs'](write(tmp_path / 'r', old, new)))
 
 
 @pytest.mark.parametrize('rows, message', [

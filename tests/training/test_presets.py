@@ -16,7 +16,7 @@ from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.losses import HINT_FORMS, hint_loss, self_distillation_loss
 from timm_selfdistill.models.heads import exit_head_kind
 from timm_selfdistill.models.probe import count_macs
-from timm_selfdistill.tasks import SelfDistillationModule, SelfDistillationTask
+from timm_selfdistill.tasks import DistillationConfig, SelfDistillationModule, SelfDistillationTask
 from timm_selfdistill.training.presets import PRESETS
 from timm_selfdistill.training.run import Run
 from timm_selfdistill.training.trainer import train
@@ -186,21 +186,21 @@ def test_a_linear_layer_stands_in_front_of_every_hint_if_asked():
     model = timm.create_model('test_resnet_sd', num_classes=5, exits=(2, 3), exit_head='bottleneck-attention')
 
     def projections(**kwargs):
-        return [type(p).__name__ for p in SelfDistillationModule(model, **kwargs).projections]
+        return [type(p).__name__ for p in SelfDistillationModule(model, DistillationConfig(**kwargs)).projections]
 
     assert projections() == ['Identity'] * 2
     assert projections(hint_linear=True) == ['Linear'] * 2
     assert projections(hint_linear=True, hint_on='maps') == ['Conv2d'] * 2
     assert projections(hint_linear=True, hint_exits='all-but-last') == ['Linear']
-    assert projections(hints=False, hint_linear=True) == []
+    assert projections(hint_weight=0., hint_linear=True) == []
 
 
 @pytest.mark.parametrize('hint_on', ['features', 'maps'])
 @pytest.mark.parametrize('form', HINT_FORMS)
 def test_the_last_auxiliary_exit_may_go_without_a_hint(tiny, hint_on, form):
-    task = SelfDistillationTask(
-        tiny, hint_on=hint_on, hint_form=form, hint_exits='all-but-last', hint_linear=True, hint_weight=0.7,
-        verbose=False).train()
+    config = DistillationConfig(
+        hint_on=hint_on, hint_form=form, hint_exits='all-but-last', hint_linear=True, hint_weight=0.7)
+    task = SelfDistillationTask(tiny, config, verbose=False).train()
     images, target = torch.randn(6, 3, 32, 32), torch.arange(6) % 5
     result = task(images, target)
     assert [name for name in result if name.startswith('hint')] == ['hint0']
@@ -214,9 +214,9 @@ def test_the_last_auxiliary_exit_may_go_without_a_hint(tiny, hint_on, form):
     (dict(hint_form='max'), "hint_form='max': unknown, expected one of mean, sum, norm"),
     (dict(hint_exits='first'), "hint_exits='first': unknown, expected one of all, all-but-last"),
 ])
-def test_unknown_hints_are_refused(tiny, setting, message):
+def test_unknown_hints_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
-        SelfDistillationTask(tiny, verbose=False, **setting)
+        DistillationConfig(**setting)
 
 
 # -- the presets as a whole -------------------------------------------------------------------------------------------

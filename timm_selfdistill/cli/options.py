@@ -1,8 +1,11 @@
 """The command line of training, and the YAML files that give its defaults."""
 import argparse
+import ast
 import dataclasses
+import inspect
+import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Union
+from typing import Annotated, Any, Dict, List, Sequence, Union, get_type_hints
 
 import tyro
 import yaml
@@ -11,7 +14,7 @@ from ..config import TrainConfig
 from ..errors import ConfigError, nearest
 from ..training.presets import PRESETS
 
-__all__ = ['parse_train_config']
+__all__ = ['parse_train_config', 'setting_helps']
 
 
 def _read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
@@ -73,11 +76,37 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     arguments = _arguments(PRESETS.get(known.preset, {}), f'--preset {known.preset}')
     for path in known.config:
         arguments += _arguments(_read_yaml(path), f'--config {path}')
-    config = tyro.cli(
-        TrainConfig,
+    grouped = tyro.cli(
+        tyro.conf.OmitArgPrefixes[_grouped()],
         args=arguments + rest,
         description='Train a multi-exit network by self-distillation. -c/--config FILE reads defaults from YAML, '
                     f'--preset {"|".join(PRESETS)} takes those of the authors of Be Your Own Teacher.',
     )
+    config = TrainConfig(**{name: value for group in vars(grouped).values() for name, value in vars(group).items()})
     config.check()
     return config
+
+
+def _grouped() -> type:
+    """Return a dataclass of dataclasses, one a group of settings: tyro shows each under a heading of its own."""
+    helps, hints = setting_helps(), get_type_hints(TrainConfig)
+    groups: Dict[str, List[Any]] = {}
+    for field in dataclasses.fields(TrainConfig):
+        annotated = Annotated[hints[field.name], tyro.conf.arg(help=helps[field.name])]
+        groups.setdefault(field.metadata['group'], []).append((field.name, annotated, field.default))
+    made = []
+    for group, fields in groups.items():
+        of_group = dataclasses.make_dataclass(group.title().replace(' ', ''), fields)
+        made.append((
+            f'group_{len(made)}', Annotated[of_group, tyro.conf.arg(name=group)],
+            dataclasses.field(default_factory=of_group)))
+    return dataclasses.make_dataclass('Settings', made)
+
+
+def setting_helps() -> Dict[str, str]:
+    """Return the text that stands below each field of `TrainConfig` in its source, by the field's name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(TrainConfig))).body[0].body
+    return {
+        field.target.id: ' '.join(text.value.value.split()) for field, text in zip(body, body[1:])
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }

@@ -1,4 +1,5 @@
 """Model cards: what a run's folder says, written for those who find its weights on the Hub."""
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -95,7 +96,7 @@ def _rows(run: Dict[str, Any], split: str) -> List[Dict[str, Any]]:
 def _shown_settings(settings: Dict[str, Any]) -> str:
     """Write what is not the default, and what everybody asks for, as YAML."""
     defaults = TrainConfig().settings()
-    asked = ('model', 'method', 'epochs', 'batch_size', 'opt', 'lr', 'sched', 'seed')
+    asked = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get('shown')}
     shown = {key: value for key, value in settings.items() if key in asked or value != defaults[key]}
     return yaml.safe_dump(shown, sort_keys=False)
 

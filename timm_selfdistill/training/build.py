@@ -1,4 +1,5 @@
 """From a config to the network and the task that it describes."""
+import dataclasses
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -18,7 +19,7 @@ from ..hub.networks import class_names, load_network
 from ..models.multi_exit import MultiExit
 from ..models.names import SUFFIX, model_name
 from ..models.probe import count_macs, meta_copy
-from ..tasks import SelfDistillationTask
+from ..tasks import DistillationConfig, Linear, SelfDistillationTask
 
 __all__ = ['LOOKAHEAD', 'build_model', 'build_task', 'check_optimizer', 'check_slices', 'resolve_model_name']
 
@@ -213,6 +214,28 @@ def _open_teacher(
         raise ConfigError(f'`teacher={config.teacher}`: {e}') from e
 
 
+def distillation_config(config: TrainConfig) -> DistillationConfig:
+    """Return what the exits learn by the settings of a run, defaults filled in."""
+    distils, classic = config.method == 'byot', config.method == 'kd'
+    shared = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(DistillationConfig)
+        if field.name not in ('alpha', 'temperature', 'hint_weight', 'eta', 'label_weight', 'teacher_temperature')
+    }
+    alpha = config.alpha if config.alpha_end is None else Linear(config.alpha, config.alpha_end)
+    temperature = config.temperature
+    if config.temperature_end is not None:
+        temperature = Linear(temperature, config.temperature_end)
+    return DistillationConfig(
+        alpha=alpha if distils else 0.,
+        temperature=temperature,
+        hint_weight=config.hint_weight if distils else 0.,
+        eta=config.patriarch_eta,
+        label_weight=config.label_weight if config.label_weight is not None else 0.1 if classic else 0.6,
+        teacher_temperature=config.teacher_temperature or (4.0 if classic else 1.0),
+        **shared,
+    )
+
+
 def build_task(
         config: TrainConfig,
         model: MultiExit,
@@ -225,7 +248,6 @@ def build_task(
     Raises:
         ConfigError: The settings or the teacher do not fit the model.
     """
-    distil = config.method == 'byot'
     if config.patriarch == 'tsd' and config.tsd_k > model.num_classes:
         raise ConfigError(
             f'`tsd_k={config.tsd_k}`: expected a number from 2 to {model.num_classes}, the number of classes.')
@@ -233,27 +255,14 @@ def build_task(
     try:
         return SelfDistillationTask(
             model,
+            distillation_config(config),
             criterion_kwargs=dict(smoothing=config.smoothing, soft_targets=config.mixup > 0 or config.cutmix > 0),
-            alpha=config.alpha if distil else 0.,
-            alpha_end=config.alpha_end if distil else None,
-            temperature=config.temperature,
-            temperature_end=config.temperature_end,
-            square_temperature=config.square_temperature,
-            hint_weight=config.hint_weight if distil else 0.,
-            hint_weight_end=config.hint_weight_end if distil else None,
-            hint_on=config.hint_on,
-            hint_form=config.hint_form,
-            hint_exits=config.hint_exits,
-            hint_linear=config.hint_linear,
-            exit_teacher=config.exit_teacher,
-            weighting=config.exit_weights,
             teacher=teacher,
             teacher_classes=teacher_classes,
             mean=data_config['mean'],
             std=data_config['std'],
             device=device,
             verbose=False,
-            **config.teaching(),
         )
     except ValueError as e:
         option = f'`model={config.model}`' if config.teacher is None else f'`teacher={config.teacher}`'

@@ -12,6 +12,9 @@ from ..errors import ConfigError
 from ..models.names import SUFFIX
 from .build import resolve_model_name
 
+# Settings of older versions that left the result as it is.
+_WITHOUT_EFFECT = ('log_interval',)
+
 __all__ = ['choose_folder', 'create_folder', 'recipe_problem', 'run_folder']
 
 
@@ -110,7 +113,12 @@ def recipe_problem(
         may_differ.discard('workers')  # each has its own share of a stream
     if moved:
         may_differ.update(name for name in PLACES if _same_folder(before[name], now[name]))
+    # of settings that are gone since
     changed = [
+        f'`{name}` was {before[name]} and is none any more'
+        for name in before if name not in now and name not in _WITHOUT_EFFECT and before[name] is not None
+    ]
+    changed += [
         f'`{name}` was {before[name]} and is {now[name]}'
         for name in now if name not in may_differ and before[name] != now[name]
     ]

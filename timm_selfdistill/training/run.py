@@ -41,6 +41,9 @@ from .trackers import check_trackers
 
 __all__ = ['Run']
 
+# Steps between two looks at the loss on an accelerator, each of which waits for it.
+_LOOK_EVERY = 50
+
 # Seconds that the last checkpoint is at least old when the end of an epoch brings the next.
 _CHECKPOINT_AGE = 60.
 
@@ -134,7 +137,7 @@ class Run:
         )
         self.mixup = self._create_mixup(model.num_classes)
         self._prepare()
-        self.look_every = 1 if self.device.type == 'cpu' else config.log_interval
+        self.look_every = 1 if self.device.type == 'cpu' else _LOOK_EVERY
         self.checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint_hist)
         self.every_steps, self.every_seconds = config.checkpoint_interval()
         self.last_checkpoint = time.monotonic()
