@@ -19,7 +19,6 @@ from helpers import ROOT
 from helpers.images import noise_images
 from safetensors.torch import save_file
 
-from timm_selfdistill.cli import launch
 from timm_selfdistill.cli.launch import ISSUES, run_command
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.data.image_data import load_image_data
@@ -203,17 +202,17 @@ DRIVER = '''
 import sys
 from timm_selfdistill.cli.options import parse_train_config
 from timm_selfdistill.cli.launch import run_command
-from timm_selfdistill.training.run import Run
+from timm_selfdistill.training.loop import Loop
 from timm_selfdistill.training.trainer import train
 
-original = Run.train_batch
+original = Loop.train_batch
 
 def fail(run, *batch):
-    if run.steps == 1:
+    if run.keeper.progress.steps == 1:
         raise eval(sys.argv[1])
     return original(run, *batch)
 
-Run.train_batch = fail
+Loop.train_batch = fail
 run_command(lambda: train(parse_train_config(sys.argv[2:])))
 '''
 
@@ -453,55 +452,36 @@ def test_a_machine_that_cannot_do_what_is_asked_is_told_of(settings, message):
 # Threads
 
 THREADS = '''
-import torch
+import os, torch
 from timm_selfdistill.training.cpu import use_all_cores
 use_all_cores()
-print(torch.get_num_threads())
+os.write(1, f'{torch.get_num_threads()}\\n'.encode())
 '''
 
 
-@pytest.mark.parametrize('launcher', [
-    (), ('-m', 'accelerate.commands.launch', '--cpu', '--num_processes', 1),
-    ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1'),
-    ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'),
-], ids=['alone', 'accelerate', 'torchrun', 'two'])
-@pytest.mark.skipif(cpu.share_of_cores(1) == 1, reason='one core leaves no choice')
-@pytest.mark.slow
-def test_the_users_number_of_threads_stays(tmp_path, monkeypatch, launcher):
+def threads_of(tmp_path, *launcher, **given):
     script = tmp_path / 'script.py'
     script.write_text(THREADS)
+    status, out, err, _ = end(start(*launcher, script, **given))
+    assert status == 0, err
+    found, = set(out.split())
+    return int(found)
+
+
+@pytest.mark.parametrize('launcher', [
+    (), ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1'),
+    ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'),
+], ids=['alone', 'torchrun', 'two'])
+@pytest.mark.slow
+def test_a_process_has_its_share_of_the_cores_whatever_the_launcher_sets(tmp_path, monkeypatch, launcher):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     share = cpu.share_of_cores(2 if '--nproc_per_node=2' in launcher else 1)
-    other = 1 if share > 1 else 2  # torch takes no more than there are cores
-    for given, expected in ((dict(OMP_NUM_THREADS=str(other)), other), ({}, share)):
-        status, out, err, _ = end(start(*launcher, script, **given))
-        assert status == 0, err
-        assert set(out.split()) == {str(expected)}, (given, out)
+    assert threads_of(tmp_path, *launcher) == share
 
 
 @pytest.mark.slow
-def test_the_number_of_threads_given_to_accelerate_stays(tmp_path, monkeypatch):
-    script = tmp_path / 'script.py'
-    script.write_text(THREADS)
-    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    status, out, err, _ = end(start(
-        '-m', 'accelerate.commands.launch', '--cpu', '--num_cpu_threads_per_process', 1, script))
-    assert (status, out.split()) == (0, ['1']), err
-
-
-@pytest.mark.parametrize('given, expected', [({}, str(cpu.share_of_cores(2))), (dict(OMP_NUM_THREADS='3'), '3')])
-def test_processes_that_are_started_anew_keep_the_users_threads(monkeypatch, given, expected):
-    class Parent:
-        def cmdline(self):
-            return ['accelerate', 'launch', '--cpu', '--num_processes', '2', 'train.py']
-
-        def environ(self):
-            return given
-
-    started = []
-    monkeypatch.setattr(cpu.psutil, 'Process', lambda: type('Own', (), dict(parent=lambda self: Parent()))())
-    monkeypatch.setattr(launch.os, 'execv', lambda *args: started.append(os.environ['OMP_NUM_THREADS']))
-    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
-    monkeypatch.setenv('OMP_NUM_THREADS', given.get('OMP_NUM_THREADS', '1'))  # as the launcher passes it on
-    launch.relaunch_on_cpu()
-    assert started == [expected]
+def test_the_users_number_of_threads_stays(tmp_path):
+    assert threads_of(tmp_path, OMP_NUM_THREADS='1') == 1
+    launcher = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+    given = dict(OMP_NUM_THREADS='3')
+    assert threads_of(tmp_path, *launcher, **given) == threads_of(tmp_path, **given) > 1

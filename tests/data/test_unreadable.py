@@ -135,10 +135,11 @@ def test_a_run_tells_lists_and_goes_on_with_what_it_began_with(folder, tmp_path,
     assert 'skipped  5 images that cannot be read; ' in out and 'ant/00.png: the file is empty' in out
     listed = read_unreadable(run / 'unreadable.csv')
     assert paths(listed) == set(BAD)
-    before = Run(settings(folder, tmp_path, resume='auto'), create_accelerator(settings(folder, tmp_path)), run).data
+    config = settings(folder, tmp_path, resume='auto')
+    before = Run(config, create_accelerator(config), run).setup.data
     for name in ('00', '07'):  # repaired
         noise_images(1)[0].save(Path(folder) / 'train' / 'ant' / f'{name}.png')
-    after = Run(settings(folder, tmp_path, resume='auto'), create_accelerator(settings(folder, tmp_path)), run).data
+    after = Run(config, create_accelerator(config), run).setup.data
     assert np.array_equal(before.train.index, after.train.index)
     assert read_unreadable(run / 'unreadable.csv') == listed
 
@@ -151,7 +152,7 @@ def test_two_processes_leave_out_the_same(folder, tmp_path):
     ]
     for processes in (1, 2):
         done = subprocess.run(
-            [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', str(processes), str(TRAIN),
+            [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', str(TRAIN),
              *arguments, '--experiment', f'run{processes}'], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     lists = [(tmp_path / f'run{n}' / 'unreadable.csv').read_text() for n in (1, 2)]

@@ -29,7 +29,7 @@ COMPARED = ('model.safetensors', 'best/model.safetensors', 'summary.csv', 'resul
 
 
 def start(folder: Path, processes: int, log: Path) -> subprocess.Popen:
-    command = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', str(processes)]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     command += [str(TRAIN), *SETTINGS, '--output', str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
     env = dict(os.environ, HF_HUB_OFFLINE='1')
     return subprocess.Popen(command, stdout=log.open('a'), stderr=subprocess.STDOUT, env=env, start_new_session=True)

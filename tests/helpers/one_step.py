@@ -7,7 +7,6 @@ import sys
 
 import torch
 
-from timm_selfdistill.cli.launch import relaunch_on_cpu
 from timm_selfdistill.cli.options import parse_train_config
 from timm_selfdistill.training.folders import run_folder
 from timm_selfdistill.training.run import Run
@@ -16,25 +15,25 @@ from timm_selfdistill.training.trainer import close, create_accelerator
 
 def main(path, arguments):
     config = parse_train_config(arguments)
-    relaunch_on_cpu()
     run = Run(config, create_accelerator(config), run_folder(config))
-    run.task.train()
-    for module in run.task.modules():
+    run.setup.task.train()
+    for module in run.setup.task.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
-    run.loader.batch_sampler.set_epoch(3)
-    images, target = next(iter(run.loader))
-    result = run.task(images, target)
-    run.accelerator.backward(result['loss'])
-    terms = {name: run.accelerator.reduce(value.detach(), 'mean') for name, value in result.items() if name != 'output'}
-    grads = {name.removeprefix('module.'): p.grad for name, p in run.task.trainable_module.named_parameters()}
-    metrics = {part: run.evaluate(run.data.parts()[part]) for part in ('validation', 'test')}
-    if run.accelerator.is_main_process:
+    run.setup.loader.batch_sampler.set_epoch(3)
+    images, target = next(iter(run.setup.loader))
+    result = run.setup.task(images, target)
+    run.setup.accelerator.backward(result['loss'])
+    reduce = run.setup.accelerator.reduce
+    terms = {name: reduce(value.detach(), 'mean') for name, value in result.items() if name != 'output'}
+    grads = {name.removeprefix('module.'): p.grad for name, p in run.setup.task.trainable_module.named_parameters()}
+    metrics = {part: run.loop.evaluate(run.setup.data.parts()[part]) for part in ('validation', 'test')}
+    if run.setup.accelerator.is_main_process:
         torch.save(dict(
-            processes=run.accelerator.num_processes, local_batch=len(images), terms=terms, grads=grads,
+            processes=run.setup.accelerator.num_processes, local_batch=len(images), terms=terms, grads=grads,
             metrics={part: {k: dict(v) for k, v in m.items()} for part, m in metrics.items()},
         ), path)
-    close(run.accelerator)
+    close(run.setup.accelerator)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ import yaml
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.errors import Preempted
 from timm_selfdistill.hub.networks import save_model
-from timm_selfdistill.training.run import Run
+from timm_selfdistill.training.loop import Loop
 from timm_selfdistill.training.trainer import train
 
 
@@ -28,15 +28,15 @@ def resumable(folder, **more):
 
 def interrupted(config, patch, at, how):
     """Train until `how` is called before the step `at`, then go on; return the folder."""
-    original = Run.train_batch
+    original = Loop.train_batch
 
     def train_batch(run, *batch):
-        if run.steps == at:
+        if run.keeper.progress.steps == at:
             how()
         return original(run, *batch)
 
     with patch.context() as context:
-        context.setattr(Run, 'train_batch', train_batch)
+        context.setattr(Loop, 'train_batch', train_batch)
         with pytest.raises((KeyboardInterrupt, Preempted)):
             train(config)
     return train(config)

@@ -7,14 +7,13 @@ import sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from timm_selfdistill.cli.launch import relaunch_on_cpu, run_command
+from timm_selfdistill.cli.launch import run_command
 from timm_selfdistill.cli.options import parse_train_config
 from timm_selfdistill.training.trainer import close, create_accelerator, train
 
 
 def main() -> None:
     config = parse_train_config(sys.argv[1:])
-    relaunch_on_cpu()
     accelerator = create_accelerator(config)
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy='transformer_based_wrap', transformer_cls_names_to_wrap=['BasicBlock'],

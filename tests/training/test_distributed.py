@@ -104,10 +104,8 @@ def test_two_machines_train_the_run_of_two_processes(two, tmp_path):
     machines = [
         subprocess.Popen(
             command(
-                2, TRAIN, *TINY, '--output', tmp_path, '--experiment', 'run', '--model-ema', options=(
-                    '--num_machines', 2, '--machine_rank', rank, '--main_process_ip', '127.0.0.1',
-                    '--main_process_port', port,
-                )),
+                1, TRAIN, *TINY, '--output', tmp_path, '--experiment', 'run', '--model-ema', options=(
+                    '--nnodes', 2, '--node_rank', rank, '--master_addr', '127.0.0.1', '--master_port', port)),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         ) for rank in range(2)
     ]

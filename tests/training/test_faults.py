@@ -24,7 +24,8 @@ from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.data.epoch_order import EpochBatches
 from timm_selfdistill.data.image_data import load_image_data
 from timm_selfdistill.errors import ConfigError, NonFiniteLossError, Preempted, UnreadableImageError
-from timm_selfdistill.training.run import Run
+from timm_selfdistill.training.keeper import Keeper
+from timm_selfdistill.training.loop import Loop
 from timm_selfdistill.training.trainer import train
 
 TRAIN = RECIPES / 'train.py'
@@ -67,15 +68,15 @@ def whole(data, tmp_path_factory):
 @contextmanager
 def before_step(number, act):
     """Let `act(run)` happen before step `number` of a run, counted from 0."""
-    original = Run.train_batch
+    original = Loop.train_batch
 
     def train_batch(run, *batch):
-        if run.steps == number:
+        if run.keeper.progress.steps == number:
             act(run)
         return original(run, *batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, 'train_batch', train_batch)
+        patch.setattr(Loop, 'train_batch', train_batch)
         yield
 
 
@@ -311,9 +312,9 @@ def test_an_unreadable_image_amid_an_epoch_is_named_and_can_be_repaired(data, wh
 @pytest.mark.slow
 def test_checkpoints_hold_finite_numbers_when_the_loss_does_not(data, tmp_path):
     def spoil(run):
-        for group in run.optimizer.param_groups:
+        for group in run.setup.optimizer.param_groups:
             group['lr'] = 1e30
-        run.scheduler = None
+        run.setup.scheduler = None
         run.look_every = 100  # as accelerators do, which then know of the loss when they write a checkpoint
 
     with before_step(5, spoil), pytest.raises(NonFiniteLossError) as e:
@@ -332,7 +333,7 @@ def test_checkpoints_hold_finite_numbers_when_the_loss_does_not(data, tmp_path):
 def test_no_checkpoint_holds_weights_that_are_not_finite(data, whole, tmp_path):
     """A gradient may be bad where no term of the loss is."""
     def spoil(run):
-        parameter = next(run.task.get_eval_model().backbone.parameters())
+        parameter = next(run.setup.task.get_eval_model().backbone.parameters())
         handle = parameter.register_hook(lambda grad: (handle.remove(), grad * math.nan)[1])
 
     with before_step(2, spoil), pytest.raises(NonFiniteLossError, match='Weights not finite after step 3: model.backb'):
@@ -344,14 +345,14 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(data, whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_was_full_for_a_while_costs_nothing(data, whole, tmp_path, capfd):
-    original = Run.end_epoch
+    original = Keeper.end_epoch
 
     def end_epoch(run, *args):
-        with largest_file(1000) if run.epoch == 0 else nullcontext():
+        with largest_file(1000) if run.progress.epoch == 0 else nullcontext():
             original(run, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, 'end_epoch', end_epoch)
+        patch.setattr(Keeper, 'end_epoch', end_epoch)
         train(settings(data, tmp_path))
     assert capfd.readouterr().out.count('warning: Cannot write the weights') == 1
     for name in ('model.safetensors', 'summary.csv', 'results.json'):
@@ -364,7 +365,7 @@ def test_what_fails_amid_the_evaluation_costs_no_epoch(data, whole, tmp_path, ca
         raise UnreadableImageError('Cannot read the image in row 3 of the validation part: broken')
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('timm_selfdistill.training.run.evaluate_exits', evaluate)
+        patch.setattr('timm_selfdistill.training.loop.evaluate_exits', evaluate)
         status, message = fail(capfd, lambda: train(settings(data, tmp_path, checkpoint_every=None)))
     assert (status, message) == (2, f'error: Cannot read the image in row 3 of the validation part: broken. {GOES_ON}')
     assert checkpoints(tmp_path / 'run') == ['step4']

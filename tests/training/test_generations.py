@@ -19,8 +19,9 @@ from timm_selfdistill.data.workers import create_eval_loader
 from timm_selfdistill.errors import ConfigError, Preempted
 from timm_selfdistill.hub.networks import load_checkpoint
 from timm_selfdistill.training import generations
+from timm_selfdistill.training.build import distillation_config
 from timm_selfdistill.training.generations import generation_config, train_generations
-from timm_selfdistill.training.run import Run
+from timm_selfdistill.training.loop import Loop
 from timm_selfdistill.training.trainer import train
 
 # Networks run in batches of another size, so that sums in another order may decide on one of the 80 test images.
@@ -109,18 +110,18 @@ def test_generations_measure_agreement_and_ensemble_over_all_images(finished, da
 
 def test_a_killed_run_goes_on_in_the_generation_where_it_stopped(finished, data, tmp_path, monkeypatch):
     config, whole = finished
-    original = Run.train_batch
+    original = Loop.train_batch
     steps = []
 
     def die(run, *batch):
-        if run.config.experiment == 'generation1':
-            steps.append(run.steps)
-            if run.steps == 3:
+        if run.setup.config.experiment == 'generation1':
+            steps.append(run.keeper.progress.steps)
+            if run.keeper.progress.steps == 3:
                 raise KeyboardInterrupt
         return original(run, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, 'train_batch', die)
+        patch.setattr(Loop, 'train_batch', die)
         for _ in range(2):
             with pytest.raises(Preempted, match='Stopped by a second SIGINT, amid a step'):
                 train_generations(settings(data, tmp_path, resume='auto', checkpoint_every='2'))
@@ -193,8 +194,8 @@ def test_generation_settings_stand_for_themselves(data, tmp_path):
     for number in range(3):
         own = generation_config(config, tmp_path / 'run', number)
         own.check()
-        assert own.teaching()['label_weight'] == (0.4 if number else 0.6)
-    assert generation_config(config, tmp_path / 'run', 0).teaching()['eta'] == 0.5
+        assert distillation_config(own).label_weight == (0.4 if number else 0.6)
+    assert distillation_config(generation_config(config, tmp_path / 'run', 0)).eta == 0.5
 
 
 # -- classic distillation ---------------------------------------------------------------------------------------------

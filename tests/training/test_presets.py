@@ -268,8 +268,8 @@ def test_weight_decay_acts_on_norms_and_biases_where_asked(tmp_path, layer_decay
             model='test_resnet', exits=(2, 3), batch_size=16, data_dir=str(write_two_colours(tmp_path)),
             label_column='fine', weight_decay=0.25, decay_norms_and_biases=everywhere, layer_decay=layer_decay)
         run = Run(config, Accelerator(cpu=True), tmp_path / f'run{everywhere}')
-        parameters = dict(run.task.trainable_module.named_parameters())
-        of = decays(run.optimizer)
+        parameters = dict(run.setup.task.trainable_module.named_parameters())
+        of = decays(run.setup.optimizer)
         assert of.keys() == {id(p) for p in parameters.values()}
         small = {name for name, p in parameters.items() if p.ndim <= 1}
         assert {of[id(parameters[name])] for name in small} == ({0.25} if everywhere else {0.})

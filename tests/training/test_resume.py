@@ -45,7 +45,7 @@ def test_a_signal_writes_a_checkpoint_after_the_step(whole, tmp_path, monkeypatc
 
 
 def test_settings_that_change_nothing_may_change(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr('timm_selfdistill.training.run._CHECKPOINT_AGE', 0.)
+    monkeypatch.setattr('timm_selfdistill.training.keeper._CHECKPOINT_AGE', 0.)
     assert same(interrupted(resumable(tmp_path, checkpoint_every='2'), monkeypatch, 9, die), whole)
     kept = sorted(p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir())
     assert kept == ['step22', 'step24']
@@ -120,18 +120,19 @@ class _NoSync(TorchDispatchMode):
 def test_no_step_waits_for_the_device(tmp_path, more):
     config = TrainConfig(model='test_resnet', exits=(2, 3), output=str(tmp_path), **more)
     run = Run(config, create_accelerator(config), tmp_path / 'run')
-    run.task.train()
-    run.look_every = 1000  # as on an accelerator between two looks
-    batches = iter(run.loader)
+    run.setup.task.train()
+    run.loop.look_every = 1000  # as on an accelerator between two looks
+    batches = iter(run.setup.loader)
     for i in range(3):
         images, target = next(batches)
         if i == 0:  # what is made once may wait
-            run.train_batch(images, target)
+            run.loop.train_batch(images, target)
         else:
             with _NoSync():
-                run.train_batch(images, target)
-    assert run.steps == 3
-    for look in (lambda: run.meter.check(run.accelerator, 0), lambda: images[images > 0], lambda: target.max().item()):
+                run.loop.train_batch(images, target)
+    assert run.keeper.progress.steps == 3
+    meter, accelerator = run.keeper.meter, run.setup.accelerator
+    for look in (lambda: meter.check(accelerator, 0), lambda: images[images > 0], lambda: target.max().item()):
         with pytest.raises(AssertionError, match='waits for the device'), _NoSync():
             look()
 

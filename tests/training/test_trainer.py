@@ -20,7 +20,7 @@ from timm_selfdistill.errors import ConfigError, DataError, NonFiniteLossError
 from timm_selfdistill.hub.networks import save_model
 from timm_selfdistill.training import trainer
 from timm_selfdistill.training.build import resolve_model_name
-from timm_selfdistill.training.run import Run
+from timm_selfdistill.training.loop import Loop
 from timm_selfdistill.training.trainer import train
 
 TINY = dict(model='test_resnet', exits=(2, 3), epochs=1)
@@ -72,8 +72,8 @@ def test_the_summary_has_every_exit_and_the_ensemble(run):
 def test_reloaded_logits_are_the_trained_networks(run):
     folder, finished = run
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    trained = finished.model.eval()
-    assert trained is not finished.task.get_eval_model()  # the moving average
+    trained = finished.setup.model.eval()
+    assert trained is not finished.setup.task.get_eval_model()  # the moving average
     assert all(torch.equal(v, trained.state_dict()[k]) for k, v in model.state_dict().items())
     model = model.to(memory_format=torch.channels_last)  # as it was trained; otherwise convolutions round differently
     x = torch.randn(4, 3, 32, 32)
@@ -179,17 +179,17 @@ def test_a_later_epoch_that_fails_keeps_the_last_good_one(tmp_path, monkeypatch)
         saved.append({k: v.clone() for k, v in model.state_dict().items()})
         original(model, *args)
 
-    train_epoch = Run.train_epoch
+    train_epoch = Loop.train_epoch
 
     def spoil(run):
-        if run.epoch == 1:
-            for group in run.optimizer.param_groups:
+        if run.keeper.progress.epoch == 1:
+            for group in run.setup.optimizer.param_groups:
                 group['lr'] = 1e30
-            run.scheduler = None
+            run.setup.scheduler = None
         return train_epoch(run)
 
-    monkeypatch.setattr('timm_selfdistill.training.run.save_model', save)
-    monkeypatch.setattr(Run, 'train_epoch', spoil)
+    monkeypatch.setattr('timm_selfdistill.training.keeper.save_model', save)
+    monkeypatch.setattr(Loop, 'train_epoch', spoil)
     with pytest.raises(NonFiniteLossError, match=r'in epoch 1, step 1: .*keeps the weights from the end of epoch 0'):
         train(TrainConfig(**dict(TINY, epochs=3), output=str(tmp_path), experiment='run'))
     kept = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True).state_dict()

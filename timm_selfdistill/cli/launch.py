@@ -1,4 +1,4 @@
-"""How the recipes start and how they fail: as many processes as were asked for, errors as one plain sentence."""
+"""How commands fail: what a user can mend is one plain sentence, with options of the command line."""
 import atexit
 import errno
 import os
@@ -26,18 +26,14 @@ from ..errors import (
     Preempted,
     os_error_behind,
 )
-from ..training.cpu import launcher_arguments, share_of_cores, threads_are_chosen
 from ..version import __version__
 
-__all__ = ['ISSUES', 'PREEMPTED', 'as_options', 'relaunch_on_cpu', 'run_command']
+__all__ = ['ISSUES', 'PREEMPTED', 'as_options', 'run_command']
 
 # Exit status after a signal: sysexits.h's EX_TEMPFAIL, "try again later".
 PREEMPTED = 75
 
 ISSUES = 'https://github.com/timm-selfdistill/timm_selfdistill/issues'
-
-# Any of these says that somebody has started the processes already.
-_STARTED = ('RANK', 'LOCAL_RANK', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')
 
 # What all processes of a run find out alike; the first one speaks for them.
 _SHARED = (CheckpointError, ConfigError, DataError, HubError, NonFiniteLossError, Preempted)
@@ -253,32 +249,3 @@ def _is_first() -> bool:
         return store.add(f'timm_selfdistill/failed/{env.get("TORCHELASTIC_RESTART_COUNT", 0)}', 1) == 1
     except (KeyError, RuntimeError, ValueError):  # there is none, or it is gone with the process that kept it
         return True
-
-
-def relaunch_on_cpu() -> None:
-    """Start the processes that `accelerate launch --cpu --num_processes N` asks for.
-
-    On CPUs accelerate's launcher starts one process whatever N is and leaves the others to mpirun. Here torch's own
-    launcher, which needs nothing installed, takes this process's place and starts them. Does nothing in any other case.
-    """
-    env = os.environ
-    if env.get('ACCELERATE_USE_CPU', '').lower() != 'true' or any(name in env for name in _STARTED):
-        return
-    args = launcher_arguments()
-    if args is None or (args.num_processes or 1) < 2:
-        return
-    machines = args.num_machines or 1
-    processes = args.num_processes // machines
-    if not threads_are_chosen():  # afterwards they cannot be told from a number that the user has set
-        env['OMP_NUM_THREADS'] = str(share_of_cores(processes))
-    command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}']
-    if machines == 1:
-        command.append('--standalone')
-    else:
-        command += [
-            f'--nnodes={machines}',
-            f'--node_rank={args.machine_rank or 0}',
-            f'--master_addr={args.main_process_ip}',
-            f'--master_port={args.main_process_port}',
-        ]
-    os.execv(sys.executable, [*command, *sys.argv])

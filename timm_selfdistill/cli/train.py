@@ -1,9 +1,12 @@
-"""Train a multi-exit network, for example `accelerate launch recipes/train.py --model wide_resnet50_2`."""
+"""Train a multi-exit network, for example `accelerate launch recipes/train.py --model wide_resnet50_2`.
+
+Several processes on CPUs: `torchrun --nproc_per_node 2 recipes/train.py ...`.
+"""
 import sys
 
 from ..training.generations import train_generations
 from ..training.trainer import train
-from .launch import relaunch_on_cpu, run_command
+from .launch import run_command
 from .options import parse_train_config
 
 __all__ = ['main']
@@ -11,7 +14,6 @@ __all__ = ['main']
 
 def _main() -> None:
     config = parse_train_config(sys.argv[1:])
-    relaunch_on_cpu()
     if config.generations is None:
         train(config)
     else:

@@ -1,52 +1,17 @@
 """Threads and memory of a process that computes on a CPU."""
-import argparse
 import ctypes
 import os
 import platform
-from typing import Optional
 
-import psutil
 import torch
 
-__all__ = ['keep_freed_memory', 'launcher_arguments', 'share_of_cores', 'threads_are_chosen', 'use_all_cores']
+__all__ = ['keep_freed_memory', 'share_of_cores', 'use_all_cores']
 
 # Numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
-_THREADS = 'OMP_NUM_THREADS'
-
-
-def launcher_arguments() -> Optional[argparse.Namespace]:
-    """Return the arguments of the `accelerate launch` that started this process, None if none did."""
-    parent = psutil.Process().parent()
-    try:
-        words = parent.cmdline() if parent is not None else []
-    except psutil.Error:  # it has ended meanwhile, or is somebody else's
-        return None
-    for i, word in enumerate(words):
-        if word == 'launch' and i and 'accelerate' in words[i - 1] or 'accelerate-launch' in word \
-                or word == 'accelerate.commands.launch' or word.endswith('accelerate/commands/launch.py'):
-            from accelerate.commands.launch import launch_command_parser
-            return launch_command_parser().parse_args(words[i + 1:])
-    return None
-
-
-def threads_are_chosen() -> bool:
-    """Tell whether the user has set OMP_NUM_THREADS, and not a launcher, as accelerate's and torch's do by default.
-
-    They leave a number alone that they find in their own environment.
-    """
-    if _THREADS not in os.environ:
-        return False
-    arguments = launcher_arguments()
-    if arguments is None and 'TORCHELASTIC_RUN_ID' not in os.environ:
-        return True
-    if getattr(arguments, 'num_cpu_threads_per_process', None) is not None:
-        return True
-    try:
-        return _THREADS in psutil.Process().parent().environ()
-    except (psutil.Error, AttributeError):  # the launcher has ended, or is somebody else's
-        return False
+# Either of these says that torchrun or accelerate's launcher has started this process.
+_LAUNCHED = ('TORCHELASTIC_RUN_ID', 'ACCELERATE_DYNAMO_BACKEND')
 
 
 def share_of_cores(processes: int) -> int:
@@ -56,17 +21,18 @@ def share_of_cores(processes: int) -> int:
 
 
 def use_all_cores() -> None:
-    """Undo the launcher's OMP_NUM_THREADS=1: on a CPU the processes of this machine share its cores.
+    """Set the threads of this process to its share of the machine's cores.
 
-    A number that the user has set stays.
+    Launchers set OMP_NUM_THREADS to 1 where it is not set, which wastes the cores of a CPU. So a 1 under a launcher is
+    taken for the launcher's, and any other number, or a 1 without a launcher, for the user's choice, which stays.
     """
-    if threads_are_chosen():
-        return
-    torch.set_num_threads(share_of_cores(int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    given = os.environ.get('OMP_NUM_THREADS')
+    if given is None or given == '1' and any(name in os.environ for name in _LAUNCHED):
+        torch.set_num_threads(share_of_cores(int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of tensors that are gone for those of the next step.
+    """Have glibc keep the memory of tensors that are gone for those of the next step.
 
     By default what is larger than 32 MiB, such as a map of the first head for 64 images, goes back to the system each
     time and comes again page by page, filled with zeros: that took 8 % of a step of `resnet18_cifar` with its exits.

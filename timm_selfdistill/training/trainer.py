@@ -7,6 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
+import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import PrecisionType, broadcast_object_list
@@ -22,12 +23,12 @@ from ..metrics import exit_table
 from ..models.names import model_name
 from ..publishing import public_settings
 from ..run_files import RECORD, RESULTS, is_complete, write_json
+from .checkpoints import is_sharded
 from .folders import choose_folder
 from .records import append_record, make_record
 from .reporter import Reporter
 from .run import Run
 from .signals import StopSignals
-from .state import is_sharded
 from .trackers import start_trackers
 
 __all__ = ['close', 'create_accelerator', 'file_record', 'on_main', 'push_run', 'train']
@@ -44,6 +45,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     """
     try:
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # or else accelerate makes no group of processes on CPUs
             kwargs_handlers=[DistributedDataParallelKwargs(static_graph=config.grad_accum_steps == 1)])
         if accelerator.mixed_precision not in PrecisionType.list():  # accelerate would take it for none
             raise ValueError(
@@ -112,7 +114,8 @@ def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Pat
             with signals:
                 _train(run)
         except KeyboardInterrupt as e:
-            raise Preempted(f'Stopped by a second {str(e) or "SIGINT"}, amid a step. {run.how_to_go_on()}') from None
+            raise Preempted(
+                f'Stopped by a second {str(e) or "SIGINT"}, amid a step. {run.keeper.how_to_resume()}') from None
     if main:
         file_record(config, folder, reporter)
     if config.push_to_hub is not None:
@@ -168,42 +171,43 @@ def file_record(config: TrainConfig, folder: Path, reporter: Reporter) -> None:
 
 
 def _train(run: Run) -> None:
-    config, accelerator, reporter = run.config, run.accelerator, run.reporter
-    watched = run.data.validation or run.data.test
-    architecture = model_name(run.network)
-    reporter.start(run.folder, run.data, run.data_config, run.costs, architecture, accelerator)
+    setup, keeper, loop, reporter = run.setup, run.keeper, run.loop, run.reporter
+    config, accelerator, progress = setup.config, setup.accelerator, keeper.progress
+    watched = setup.data.validation or setup.data.test
+    architecture = model_name(run.setup.network)
+    reporter.start(run.folder, setup.data, setup.data_config, setup.costs, architecture, accelerator)
     if config.resume is not None:
-        run.resume()
+        keeper.resume()
     if accelerator.is_main_process:  # first of all: by it a killed run is known for one
         settings = dict(config.settings(), resume=None)
         (run.folder / 'args.yaml').write_text(yaml.safe_dump(settings, sort_keys=False), encoding='utf-8')
-    run.list_unreadable()
-    if run.steps == 0:
-        run.save()
+    keeper.list_unreadable()
+    if progress.steps == 0:
+        keeper.save()
     if config.report_to:
-        start_trackers(accelerator, config.report_to, run.folder, public_settings(config.settings()), run.epoch)
+        start_trackers(accelerator, config.report_to, run.folder, public_settings(config.settings()), progress.epoch)
     metrics = None
     try:
-        while run.epoch < config.epochs:
-            epoch, started = run.epoch, time.perf_counter()
-            terms = run.train_epoch()
-            metrics = run.evaluate(watched)
+        while progress.epoch < config.epochs:
+            epoch, started = progress.epoch, time.perf_counter()
+            terms = loop.train_epoch()
+            metrics = loop.evaluate(watched)
             bad = [name for name, values in metrics.items() if not math.isfinite(values['loss'])]
             if bad:
                 raise NonFiniteLossError(
                     f'Loss not finite after epoch {epoch}, on the {watched.name} part: {", ".join(bad)}.')
-            run.end_epoch(terms, metrics)
+            keeper.end_epoch(terms, metrics)
             reporter.epoch(epoch, terms, metrics, watched.name, time.perf_counter() - started)
     except NonFiniteLossError as e:
-        kept = f'the end of epoch {run.epoch - 1}' if run.epoch else 'before training'
+        kept = f'the end of epoch {progress.epoch - 1}' if progress.epoch else 'before training'
         raise NonFiniteLossError(
             f'{e} {run.folder} keeps the weights from {kept}. '
             f'A lower `lr`, `clip_grad=1` or a longer `warmup_epochs` may help.'
         ) from e
-    if metrics is None or run.unsaved:
-        run.save()
-    run.write_rows()
-    _finish(run, watched, metrics or run.evaluate(watched))
+    if metrics is None or keeper.unsaved:
+        keeper.save()
+    keeper.write_rows()
+    _finish(run, watched, metrics or loop.evaluate(watched))
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.trackers = []
@@ -211,21 +215,21 @@ def _train(run: Run) -> None:
 
 def _finish(run: Run, watched: ImageSplit, metrics: Dict[str, Dict[str, Any]]) -> None:
     """Write what describes the last epoch's weights; those have been measured on the watched part already."""
-    results = OrderedDict()
-    architecture = model_name(run.network)
-    for name, split in run.data.parts().items():
+    setup, keeper, results = run.setup, run.keeper, OrderedDict()
+    architecture = model_name(setup.network)
+    for name, split in setup.data.parts().items():
         if name != 'train':
-            measured = metrics if split is watched else run.evaluate(split)
-            results[name] = exit_table(run.model, measured, run.costs)
-    if run.accelerator.is_main_process:
+            measured = metrics if split is watched else run.loop.evaluate(split)
+            results[name] = exit_table(setup.model, measured, setup.costs)
+    if setup.accelerator.is_main_process:
         split, rows = list(results.items())[-1]
-        title = f'{architecture} on {run.data.name}, {split} part'
+        title = f'{architecture} on {setup.data.name}, {split} part'
         plot_accuracy_against_compute(rows, title, run.folder / 'accuracy_vs_compute.png')
-        if not is_sharded(run.accelerator):  # no process has the whole network then; the latency can be measured later
-            write_latency(run.folder, run.model, run.data_config['input_size'], run.device)
-        run.times.lap()
+        if not is_sharded(setup.accelerator):  # else no process has the whole network; it can be measured later
+            write_latency(run.folder, setup.model, setup.data_config['input_size'], setup.accelerator.device)
+        keeper.times.lap()
         record = make_record(
-            run.config, run.folder.name, run.data.name, split, rows, run.times.sittings(), run.steps)
+            setup.config, run.folder.name, setup.data.name, split, rows, keeper.times.sittings(), keeper.progress.steps)
         (run.folder / RECORD).write_text(json.dumps(record, ensure_ascii=False) + '\n', encoding='utf-8')
         write_card(run.folder, results=results)
         write_json(run.folder / RESULTS, results)  # last: it says that the run is complete

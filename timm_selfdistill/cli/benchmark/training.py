@@ -73,50 +73,50 @@ def _open(
         label_column=config.label_column, compile=config.compile, output=str(folder), experiment=name,
     )
     run = Run(settings, accelerator or create_accelerator(settings), folder / name)
-    run.task.train()
+    run.setup.task.train()
     return run
 
 
 def _endless(run: Run) -> Iterator[Batch]:
     for epoch in itertools.count():
-        run.loader.batch_sampler.set_epoch(epoch)
-        yield from run.loader
+        run.setup.loader.batch_sampler.set_epoch(epoch)
+        yield from run.setup.loader
 
 
 def _parts(run: Run, batches: Iterator[Batch]) -> Dict[str, float]:
     """Take a step, waiting for the device after each of its parts; return their seconds."""
-    marks = [device_time(run.device)]
+    marks = [device_time(run.loop.device)]
     images, target = next(batches)
-    marks.append(device_time(run.device))
-    with run.accelerator.autocast():
-        loss = run.task(images, target)['loss']
-    marks.append(device_time(run.device))
-    run.accelerator.backward(loss)
-    marks.append(device_time(run.device))
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    marks.append(device_time(run.device))
+    marks.append(device_time(run.loop.device))
+    with run.setup.accelerator.autocast():
+        loss = run.setup.task(images, target)['loss']
+    marks.append(device_time(run.loop.device))
+    run.setup.accelerator.backward(loss)
+    marks.append(device_time(run.loop.device))
+    run.setup.optimizer.step()
+    run.setup.optimizer.zero_grad()
+    marks.append(device_time(run.loop.device))
     return dict(zip(('data', 'forward', 'backward', 'optimizer'), (b - a for a, b in itertools.pairwise(marks))))
 
 
 def _step(run: Run, batches: Iterator[Batch], steps: int) -> float:
     """Return the seconds that a step of the trainer takes, data included."""
-    started = device_time(run.device)
+    started = device_time(run.loop.device)
     for _ in range(steps):
-        run.train_batch(*next(batches))
-    return (device_time(run.device) - started) / steps
+        run.loop.train_batch(*next(batches))
+    return (device_time(run.loop.device) - started) / steps
 
 
 def _bare_step(run: Run, batches: List[Batch], optimizer: torch.optim.Optimizer) -> float:
     """Return the seconds of a step as one would write it without a trainer."""
-    started = device_time(run.device)
+    started = device_time(run.loop.device)
     for images, target in batches:
-        with run.accelerator.autocast():
-            loss = run.task(images, target)['loss']
+        with run.setup.accelerator.autocast():
+            loss = run.setup.task(images, target)['loss']
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return (device_time(run.device) - started) / len(batches)
+    return (device_time(run.loop.device) - started) / len(batches)
 
 
 class _Given:
@@ -138,10 +138,10 @@ class _Given:
 
 def _loop_step(run: Run) -> float:
     """Return the seconds of a step of the trainer's whole loop."""
-    run.step = 0
-    started = device_time(run.device)
-    run.train_epoch()
-    return (device_time(run.device) - started) / len(run.loader)
+    run.keeper.progress.step = 0
+    started = device_time(run.loop.device)
+    run.loop.train_epoch()
+    return (device_time(run.loop.device) - started) / len(run.setup.loader)
 
 
 def _epoch(loader: Any) -> float:
@@ -211,9 +211,9 @@ def _loop(config: TrainBenchmarkConfig, folder: Path, accelerator: Accelerator) 
     """Compare the trainer's loop with a bare one, with the same network over the same batches."""
     run = _open(config, 'byot', folder, 'loop', accelerator)
     batches = list(itertools.islice(_endless(run), 50 if torch.cuda.is_available() else 4))
-    run.loader = _Given(batches)
+    run.setup.loader = _Given(batches)
     options = dict(lr=1e-4, momentum=0.9, weight_decay=5e-4, fused=True)
-    optimizer = torch.optim.SGD(run.task.trainable_module.parameters(), **options)
+    optimizer = torch.optim.SGD(run.setup.task.trainable_module.parameters(), **options)
     loops = [lambda: _bare_step(run, batches, optimizer), lambda: _loop_step(run)]
     for loop in (*loops, *loops):
         loop()
@@ -229,9 +229,9 @@ def _loaders(config: TrainBenchmarkConfig, folder: Path, accelerator: Accelerato
     run = _open(config, 'plain', folder, 'loaders', accelerator)
     kinds = {}
     for kind, workers in (('workers', 0), ('workers', torch.get_num_threads()), ('device', None)):
-        settings = dataclasses.replace(run.config, loader=kind, workers=workers)
+        settings = dataclasses.replace(run.setup.config, loader=kind, workers=workers)
         name = kind if workers is None else f'{workers or "no"} {kind}'
-        kinds[name] = Loaders(settings, run.data, run.data_config, accelerator).train()
+        kinds[name] = Loaders(settings, run.setup.data, run.setup.data_config, accelerator).train()
     for loader in kinds.values():
         _epoch(loader)
     figures = compare([lambda loader=loader: _epoch(loader) for loader in kinds.values()], max(3, config.rounds // 3))
