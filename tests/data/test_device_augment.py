@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode, autoaugment
 from timm_selfdistill.data import device_augment
 from timm_selfdistill.data.augment import train_transform
 from timm_selfdistill.data.device_augment import BatchAugment, supports
+from timm_selfdistill.data.pil_ops import as_step
 
 CPU = torch.device('cpu')
 CONFIG = dict(
@@ -63,7 +64,7 @@ def test_colour_operations_are_exactly_those_of_pil(name, channels):
     pixels = noise(len(arguments), channels)
     expected = [
         np.asarray(auto_augment.__dict__[name](pil(p), *a)).reshape(p.shape) for p, a in zip(pixels, arguments)]
-    steps = [[device_augment._step(name, *(a or (0,)), augment.size)] for a in arguments]
+    steps = [[as_step(name, *(a or (0,)), augment.size)] for a in arguments]
     assert np.array_equal(follow(augment, pixels, steps), expected)
 
 
@@ -84,7 +85,7 @@ def test_geometric_operations_are_those_of_pil(name, values, interpolation):
     pixels = noise(len(values))
     expected = np.stack([
         np.asarray(auto_augment.__dict__[name](pil(p), v, **settings)) for p, v in zip(pixels, values)])
-    found = follow(augment, pixels, [[device_augment._step(name, v, augment.size)] for v in values])
+    found = follow(augment, pixels, [[as_step(name, v, augment.size)] for v in values])
     differs = found != expected
     if interpolation == 'nearest':
         assert not differs.any()
@@ -119,7 +120,7 @@ def test_steps_of_an_image_are_taken_in_order():
     pixels = noise(3)
     chains = [
         [('solarize', 100), ('posterize', 3), ('invert', 0)], [('invert', 0), ('solarize', 100)], [('sharpness', 1.9)]]
-    steps = [[device_augment._step(*step, augment.size) for step in chain] for chain in chains]
+    steps = [[as_step(*step, augment.size) for step in chain] for chain in chains]
     for image, chain, found in zip(pixels, chains, follow(augment, pixels, steps)):
         image = pil(image)
         for name, value in chain:

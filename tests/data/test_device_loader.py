@@ -15,6 +15,7 @@ from timm_selfdistill.data.device_augment import BatchAugment, normalize
 from timm_selfdistill.data.device_loader import DeviceEvalLoader, DeviceLoader, decode_split, fits_on_device
 from timm_selfdistill.data.epoch_order import EpochBatches
 from timm_selfdistill.data.image_data import ImageSplit, load_image_data
+from timm_selfdistill.data.source import DataSource, Shard
 from timm_selfdistill.data.workers import create_eval_loader, create_train_loader
 from timm_selfdistill.errors import UnreadableImageError
 
@@ -53,8 +54,8 @@ def test_evaluation_gives_the_batches_of_the_workers_path(crop_mode, size, mode,
     assert pixels.is_contiguous()
     seen = []
     for rank in range(world_size):
-        expected = create_eval_loader(split, eval_transform(config), 9, rank=rank, world_size=world_size)
-        loader = DeviceEvalLoader(pixels, split.labels, config, 9, CPU, rank, world_size)
+        expected = create_eval_loader(split, eval_transform(config), 9, shard=Shard(rank, world_size))
+        loader = DeviceEvalLoader(pixels, split.labels, config, 9, CPU, Shard(rank, world_size))
         batches = list(loader)
         assert len(batches) == len(loader) == len(expected)
         for (images, target), (their_images, their_target) in zip(batches, expected):
@@ -106,7 +107,7 @@ def test_processes_slices_and_start_change_no_image(auto_augment):
     for world_size, accumulate, start in ((2, 1, 0), (3, 2, 0), (1, 3, 3), (4, 2, 2)):
         shares = [
             images_of(make_loader(
-                epoch=2, start=start, rank=rank, world_size=world_size, accumulate=accumulate,
+                epoch=2, start=start, shard=Shard(rank, world_size), accumulate=accumulate,
                 auto_augment=auto_augment))
             for rank in range(world_size)
         ]
@@ -219,7 +220,7 @@ def test_files_are_known_by_path_size_and_time(tmp_path, monkeypatch, large):
             for i, image in enumerate(noise_images(count)):
                 image.save(folder / f'{i}.bmp')  # of one size whatever it shows
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'datasets')
-    split = load_image_data(data_dir=str(tmp_path / 'set'), val_fraction=0.).train
+    split = load_image_data(DataSource(data_dir=str(tmp_path / 'set'), val_fraction=0.)).train
     cache = tmp_path / 'cache'
     pixels = decode_split(split, CONFIG, cache_dir=cache)
     assert torch.equal(decode_split(split, CONFIG, cache_dir=cache), pixels)

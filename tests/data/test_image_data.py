@@ -12,6 +12,7 @@ from timm_selfdistill.data.augment import Cutout, eval_transform, train_transfor
 from timm_selfdistill.data.data_files import load_digits
 from timm_selfdistill.data.epoch_order import EpochBatches
 from timm_selfdistill.data.image_data import load_image_data
+from timm_selfdistill.data.source import DataSource, Shard
 from timm_selfdistill.data.workers import create_eval_loader, create_train_loader
 from timm_selfdistill.errors import DataError
 
@@ -60,14 +61,14 @@ def test_digits_are_fixed_and_every_scan_is_used_once(digits):
 
 def test_parquet_files_and_a_held_out_part(tmp_path):
     folder = write_parquet(tmp_path / 'set', train=make_table([0, 1, 2] * 20), test=make_table([0, 1, 2]))
-    data = load_image_data(data_dir=folder, val_fraction=0.2)
+    data = load_image_data(DataSource(data_dir=folder, val_fraction=0.2))
     assert {k: len(v) for k, v in data.parts().items()} == dict(train=48, validation=12, test=3)
     assert np.bincount(data.validation.labels).tolist() == [4, 4, 4]
     assert (data.num_classes, data.label_names, data.image_size) == (3, NAMES, (32, 32))
     assert data.mirrored
-    again = load_image_data(data_dir=folder, val_fraction=0.2)
+    again = load_image_data(DataSource(data_dir=folder, val_fraction=0.2))
     assert np.array_equal(again.train.labels, data.train.labels)
-    whole = load_image_data(data_dir=folder, val_fraction=0.)
+    whole = load_image_data(DataSource(data_dir=folder, val_fraction=0.))
     assert whole.validation is None
     assert len(whole.train) == 60
 
@@ -79,11 +80,11 @@ def test_image_folders_and_saved_data_sets(tmp_path):
             folder.mkdir(parents=True)
             for i, image in enumerate(noise_images(count)):
                 image.save(folder / f'{i}.png')
-    data = load_image_data(data_dir=str(tmp_path / 'images'))
+    data = load_image_data(DataSource(data_dir=str(tmp_path / 'images')))
     assert {k: len(v) for k, v in data.parts().items()} == dict(train=18, validation=6)
     assert data.label_names == NAMES
     datasets.DatasetDict(train=make_table([0, 1] * 10)).save_to_disk(tmp_path / 'saved')
-    data = load_image_data(data_dir=str(tmp_path / 'saved'))
+    data = load_image_data(DataSource(data_dir=str(tmp_path / 'saved')))
     assert {k: len(v) for k, v in data.parts().items()} == dict(train=18, validation=2)
 
 
@@ -91,35 +92,35 @@ def test_a_column_must_be_chosen_where_two_could_be_meant(tmp_path):
     coarse = datasets.ClassLabel(names=['insect', 'mammal'])
     folder = write_parquet(tmp_path / 'two', train=make_table([0, 1, 2] * 5, coarse_label=coarse))
     with pytest.raises(DataError, match='two has several label columns: label, coarse_label.*`label_column=label`'):
-        load_image_data(data_dir=folder)
-    assert load_image_data(data_dir=folder, label_column='coarse_label').num_classes == 2
+        load_image_data(DataSource(data_dir=folder))
+    assert load_image_data(DataSource(data_dir=folder, label_column='coarse_label')).num_classes == 2
     with pytest.raises(DataError, match='`label_column=fine`: two has no label column of that name.*label, coarse_l'):
-        load_image_data(data_dir=folder, label_column='fine')
+        load_image_data(DataSource(data_dir=folder, label_column='fine'))
     folder = write_parquet(tmp_path / 'images', train=make_table([0, 1, 2] * 5, mask=datasets.Image()))
     with pytest.raises(DataError, match='several image columns: img, mask. Pick one, for example `image_column=img`'):
-        load_image_data(data_dir=folder)
+        load_image_data(DataSource(data_dir=folder))
 
 
 def test_missing_columns_parts_and_folders_are_named(tmp_path):
     folder = write_parquet(tmp_path / 'a', train=make_table([0, 1] * 5).remove_columns('label'))
     with pytest.raises(DataError, match='a has no label column, which holds class labels, whole .*; .*: img'):
-        load_image_data(data_dir=folder)
+        load_image_data(DataSource(data_dir=folder))
     folder = write_parquet(tmp_path / 'b', train=make_table([0, 1] * 5).remove_columns('img'))
     with pytest.raises(DataError, match='b has no image column, which holds images; its columns are: label'):
-        load_image_data(data_dir=folder)
+        load_image_data(DataSource(data_dir=folder))
     folder = write_parquet(tmp_path / 'c', test=make_table([0, 1] * 5))
     with pytest.raises(DataError, match='c has no part named train; its parts are: test'):
-        load_image_data(data_dir=folder)
+        load_image_data(DataSource(data_dir=folder))
     with pytest.raises(DataError, match='`data_dir=.*nowhere`: no such folder'):
-        load_image_data(data_dir=str(tmp_path / 'nowhere'))
+        load_image_data(DataSource(data_dir=str(tmp_path / 'nowhere')))
     (tmp_path / 'd').mkdir()
     with pytest.raises(DataError, match='/d holds 0 images and no class folders. Expected one folder for each class'):
-        load_image_data(data_dir=str(tmp_path / 'd'))
+        load_image_data(DataSource(data_dir=str(tmp_path / 'd')))
     (tmp_path / 'd' / 'train.parquet').write_bytes(b'PAR1 and nothing more')
     with pytest.raises(DataError, match=r'`data_dir=.*/d` \(read as parquet\): Parquet magic bytes'):
-        load_image_data(data_dir=str(tmp_path / 'd'))
+        load_image_data(DataSource(data_dir=str(tmp_path / 'd')))
     with pytest.raises(DataError, match='`val_fraction=1.5`'):
-        load_image_data(val_fraction=1.5)
+        load_image_data(DataSource(val_fraction=1.5))
 
 
 def integer_table(labels):
@@ -130,15 +131,15 @@ def integer_table(labels):
 def test_labels_out_of_range_are_named_by_row(tmp_path):
     folder = write_parquet(tmp_path / 'a', train=integer_table([0, 1, 2, 1]), test=integer_table([0, 2, 3, 5]))
     with pytest.raises(DataError, match=r'Label 3 in row 2 of the test part is out of range: expected 0 to 2 \(2 such'):
-        load_image_data(data_dir=folder)
+        load_image_data(DataSource(data_dir=folder))
     folder = write_parquet(tmp_path / 'b', train=integer_table([0, 1, -1, 1]))
     with pytest.raises(DataError, match='Label -1 in row 2 of the train part'):
-        load_image_data(data_dir=folder)
+        load_image_data(DataSource(data_dir=folder))
     folder = write_parquet(tmp_path / 'c', train=integer_table([0, 1, None, 1]))
     with pytest.raises(DataError, match='no label in row 2 of the train part'):
-        load_image_data(data_dir=folder)
+        load_image_data(DataSource(data_dir=folder))
     folder = write_parquet(tmp_path / 'd', train=integer_table([0, 1] * 10), test=integer_table([-1, -1]))
-    assert load_image_data(data_dir=folder).test is None  # withheld labels, as the Hub marks them
+    assert load_image_data(DataSource(data_dir=folder)).test is None  # withheld labels, as the Hub marks them
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -150,7 +151,7 @@ def test_an_unreadable_image_is_named_by_its_row(tmp_path, workers):
         return dict(img=dict(bytes={7: whole[:len(whole) // 2], 9: b'no image'}.get(i, whole), path=None))
 
     table = table.map(damage, with_indices=True, features=table.features).cast_column('img', datasets.Image())
-    data = load_image_data(data_dir=write_parquet(tmp_path, train=table), val_fraction=0.)
+    data = load_image_data(DataSource(data_dir=write_parquet(tmp_path, train=table), val_fraction=0.))
     for row in (7, 9):
         with pytest.raises(DataError, match=f'Cannot read the image in row {row} of the train part'):
             data.train.image(row)
@@ -165,7 +166,7 @@ def test_an_unreadable_image_is_named_by_its_row(tmp_path, workers):
 def test_processes_share_exactly_the_batches_of_one(length, per_rank, ranks, seed, epoch):
     batch_size = per_rank * ranks
     alone = EpochBatches(length, batch_size, seed)
-    shares = [EpochBatches(length, batch_size, seed, rank, ranks) for rank in range(ranks)]
+    shares = [EpochBatches(length, batch_size, seed, Shard(rank, ranks)) for rank in range(ranks)]
     for sampler in (alone, *shares):
         sampler.set_epoch(epoch)
     expected = list(alone)
@@ -193,7 +194,7 @@ def test_epochs_and_seeds_differ_in_order():
 ])
 def test_batches_that_cannot_be_are_refused(length, batch_size, ranks, message):
     with pytest.raises(DataError, match=message):
-        EpochBatches(length, batch_size, world_size=ranks)
+        EpochBatches(length, batch_size, shard=Shard(0, ranks))
 
 
 def test_augmentation_depends_on_seed_epoch_and_row_alone(digits):
@@ -240,13 +241,13 @@ def test_pad_crop_shifts_by_an_eighth_at_most(tmp_path):
 def test_evaluation_sees_every_row_once(digits, ranks):
     rows = []
     for rank in range(ranks):
-        loader = create_eval_loader(digits.test, eval_transform(CONFIG), 50, rank=rank, world_size=ranks)
+        loader = create_eval_loader(digits.test, eval_transform(CONFIG), 50, shard=Shard(rank, ranks))
         rows += [i for batch in loader.batch_sampler for i in batch]
     assert sorted(rows) == list(range(364))
 
 
 def test_grey_images():
-    data = load_image_data(in_chans=1)
+    data = load_image_data(DataSource(in_chans=1))
     config = dict(CONFIG, input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
     data.train.transform = train_transform(config, crop='pad')
     assert data.train[(0, 0)][0].shape == (1, 32, 32)
@@ -290,10 +291,10 @@ def test_timms_policies_take_images_at_every_magnitude(policy):
 
 
 def test_superclasses_are_found_for_every_class(tmp_path):
-    data = load_image_data(
-        data_dir=str(write_two_colours(tmp_path)), label_column='fine', superclass_column='coarse', val_fraction=0.25)
+    data = load_image_data(DataSource(
+        data_dir=str(write_two_colours(tmp_path)), label_column='fine', superclass_column='coarse', val_fraction=0.25))
     assert data.superclasses.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert load_image_data(data_dir=str(tmp_path), label_column='fine').superclasses is None
+    assert load_image_data(DataSource(data_dir=str(tmp_path), label_column='fine')).superclasses is None
 
 
 @pytest.mark.parametrize('label, superclass, message', [
@@ -304,4 +305,4 @@ def test_superclasses_are_found_for_every_class(tmp_path):
 def test_superclasses_that_are_none_are_refused(tmp_path, label, superclass, message):
     folder = str(write_two_colours(tmp_path))
     with pytest.raises(DataError, match=message):
-        load_image_data(data_dir=folder, label_column=label, superclass_column=superclass)
+        load_image_data(DataSource(data_dir=folder, label_column=label, superclass_column=superclass))

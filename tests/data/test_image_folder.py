@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from timm_selfdistill.data.image_data import load_image_data
 from timm_selfdistill.data.image_folder import IMAGE_SUFFIXES, read_image_folder, walk
+from timm_selfdistill.data.source import DataSource
 from timm_selfdistill.data.split_names import SPLITS, split_of
 from timm_selfdistill.errors import DataError
 
@@ -45,7 +46,7 @@ def many(pattern, count):
 def test_names_of_files_mean_nothing(tmp_path, stem):
     write(tmp_path, *many('lion/' + stem + '.png', 5), *many('rose/{}.png', 3))
     assert read(tmp_path) == (dict(train=dict(lion=5, rose=3)), [])
-    data = load_image_data(data_dir=str(tmp_path), val_fraction=0.)
+    data = load_image_data(DataSource(data_dir=str(tmp_path), val_fraction=0.))
     assert np.bincount(data.train.labels).tolist() == [5, 3]
 
 
@@ -56,7 +57,7 @@ def test_names_of_files_mean_nothing(tmp_path, stem):
 def test_splits_are_told_by_the_names_that_people_use(tmp_path, train, validation, test):
     write(tmp_path, *many(f'{train}/a/{{}}.png', 3), f'{train}/b/0.png', f'{validation}/a/0.png', f'{test}/b/0.png')
     assert read(tmp_path) == (dict(train=dict(a=3, b=1), validation=dict(a=1), test=dict(b=1)), [])
-    data = load_image_data(data_dir=str(tmp_path))
+    data = load_image_data(DataSource(data_dir=str(tmp_path)))
     assert {name: len(split) for name, split in data.parts().items()} == dict(train=4, validation=1, test=1)
     assert data.test.labels.tolist() == [1]
 
@@ -75,7 +76,7 @@ def test_a_class_holds_everything_under_it(tmp_path):
 @pytest.mark.parametrize('name', ['x [v1]', 'a*b?', '{braces}', "o'clock", 'ünïcode', 'new\nline', ' blank '])
 def test_any_name_of_a_folder_is_legal(tmp_path, name):
     write(tmp_path / name, f'train/{name}/[1].png', 'train/other/*.png', f'test/{name}/1.png')
-    data = load_image_data(data_dir=str(tmp_path / name), val_fraction=0.)
+    data = load_image_data(DataSource(data_dir=str(tmp_path / name), val_fraction=0.))
     assert {split: len(part) for split, part in data.parts().items()} == dict(train=2, test=1)
     assert sorted(data.label_names) == sorted([name, 'other'])
 
@@ -87,7 +88,7 @@ def test_what_is_left_aside_is_said(tmp_path):
         (tmp_path / name).write_text('no image')
     (tmp_path / 'train' / 'empty').mkdir()
     (tmp_path / 'train' / 'a' / 'gone.png').symlink_to(tmp_path / 'nowhere.png')
-    data = load_image_data(data_dir=str(tmp_path), val_fraction=0.)
+    data = load_image_data(DataSource(data_dir=str(tmp_path), val_fraction=0.))
     assert (data.label_names, len(data.train), data.test) == (['a', 'b'], 2, None)
     notes = '\n'.join(data.described())
     for words in (
@@ -120,11 +121,11 @@ def test_empty_splits_and_folders_are_named(tmp_path):
     write(tmp_path, 'train/a/1.png', 'train/b/1.png')
     (tmp_path / 'val').mkdir()
     with pytest.raises(DataError, match='val: the validation split holds no images. Add .* or remove it'):
-        load_image_data(data_dir=str(tmp_path))
+        load_image_data(DataSource(data_dir=str(tmp_path)))
     shutil.rmtree(tmp_path / 'val')
     shutil.rmtree(tmp_path / 'train' / 'b')
     with pytest.raises(DataError, match='has the single class a, expected two or more'):
-        load_image_data(data_dir=str(tmp_path))
+        load_image_data(DataSource(data_dir=str(tmp_path)))
     (tmp_path / 'other' / 'a').mkdir(parents=True)
     (tmp_path / 'other' / 'a' / 'x.zip').write_bytes(b'PK')
     with pytest.raises(DataError, match=r'other holds no images in class folders; files found by .*: \.zip 1'):
@@ -157,7 +158,7 @@ def test_a_pipe_is_no_image_and_does_not_hang(tmp_path):
 def test_accents_are_compared_however_they_are_stored(tmp_path):
     composed, taken_apart = (unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD'))
     write(tmp_path, f'train/{composed}/1.png', 'train/bar/1.png', f'test/{taken_apart}/1.png')
-    assert load_image_data(data_dir=str(tmp_path), val_fraction=0.).test.labels.tolist() == [1]
+    assert load_image_data(DataSource(data_dir=str(tmp_path), val_fraction=0.)).test.labels.tolist() == [1]
 
 
 # -- any tree at all --------------------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from timm_selfdistill.data.augment import eval_transform
 from timm_selfdistill.data.device_loader import decode_split
 from timm_selfdistill.data.image_data import ImageSplit, load_image_data
 from timm_selfdistill.data.images import decode_image
-from timm_selfdistill.data.streaming import create_streamed_eval_loader, load_streamed_data
+from timm_selfdistill.data.source import DataSource
+from timm_selfdistill.data.streamed_loader import create_streamed_eval_loader
+from timm_selfdistill.data.streaming import load_streamed_data
 from timm_selfdistill.data.unreadable import SkippedImages, find_unreadable
 from timm_selfdistill.data.workers import create_eval_loader, readable
 from timm_selfdistill.errors import DataError, UnreadableImageError
@@ -160,12 +162,12 @@ def test_every_loader_scales_16_bits_alike(tmp_path):
         folder.mkdir(parents=True)
         for i in range(2):
             Image.fromarray(np.ascontiguousarray(np.roll(pixels, i, 1))).save(folder / f'{i}.png')
-    split = load_image_data(data_dir=str(tmp_path / 'set'), val_fraction=0.).train
+    split = load_image_data(DataSource(data_dir=str(tmp_path / 'set'), val_fraction=0.)).train
     pixels = decode_split(split, CONFIG).permute(0, 3, 1, 2) / 255
     (images, labels), = create_eval_loader(split, eval_transform(CONFIG), 6)
     assert (images / 2 + 0.5 - pixels).abs().max() < 1e-6
     assert pixels.unique().numel() > 100 and (pixels == 1).float().mean() < 0.05
-    stream = load_streamed_data(data_dir=str(tmp_path / 'set')).train
+    stream = load_streamed_data(DataSource(data_dir=str(tmp_path / 'set'))).train
     (streamed, streamed_labels), = create_streamed_eval_loader(stream, eval_transform(CONFIG), 6)
     assert sorted(streamed.sum((1, 2, 3)).tolist()) == pytest.approx(sorted(images.sum((1, 2, 3)).tolist()))
 
@@ -246,7 +248,7 @@ def write_folder(root, files):
 def test_an_image_in_a_folder_is_named_by_its_path(tmp_path, workers):
     whole = encode(noise_images(1)[0])
     folder = write_folder(tmp_path / 'a set', [whole] * 5 + [whole[:-100]] + [whole] * 2)
-    split = load_image_data(data_dir=folder, val_fraction=0.).train
+    split = load_image_data(DataSource(data_dir=folder, val_fraction=0.)).train
     bad = tmp_path / 'a set' / 'train' / 'bee' / '0005.png'
     with pytest.raises(UnreadableImageError) as e:
         list(readable(create_eval_loader(split, eval_transform(CONFIG), 2, workers=workers)))
@@ -417,7 +419,7 @@ def test_damaged_files_in_every_loader(tmp_path):
     good = encode(noise_images(1)[0])
     files = [good, good, *(data for files in damaged(each=9).values() for data in files)]
     folder = write_folder(tmp_path / 'set', files)
-    split = load_image_data(data_dir=folder, val_fraction=0.).train
+    split = load_image_data(DataSource(data_dir=folder, val_fraction=0.)).train
     assert len(split) == len(files) > 500
     refused = set()
     for row in range(len(split)):  # one image at a time, in the training process
@@ -443,7 +445,7 @@ def test_damaged_files_in_every_loader(tmp_path):
             list(readable(create_eval_loader(
                 split.select(np.array([row]), 'one'), eval_transform(CONFIG), 4, workers=1)))
         assert len(str(e.value).splitlines()) == 1
-    stream = load_streamed_data(data_dir=folder, skip_unreadable=True).train
+    stream = load_streamed_data(DataSource(data_dir=folder, skip_unreadable=True)).train
     stream.skipped = SkippedImages()
     with limit(300):
         count = sum(len(labels) for _, labels in create_streamed_eval_loader(stream, eval_transform(CONFIG), 32))

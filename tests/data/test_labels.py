@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from timm_selfdistill.data.image_data import hold_out, load_image_data
 from timm_selfdistill.data.labels import Classes, match_classes, shortened
+from timm_selfdistill.data.source import DataSource
 from timm_selfdistill.errors import DataError
 from timm_selfdistill.tasks import DistillationConfig, SelfDistillationTask
 
@@ -30,8 +31,8 @@ def write(folder, feature, column='label', **splits):
     return str(folder)
 
 
-def read(folder, **kwargs):
-    return load_image_data(data_dir=str(folder), val_fraction=0., **kwargs)
+def read(folder, known=False, **kwargs):
+    return load_image_data(DataSource(data_dir=str(folder), val_fraction=0., **kwargs), known)
 
 
 def class_label(names):
@@ -279,11 +280,11 @@ def test_classes_that_cannot_be_matched_are_named(known, wanted, counts, message
 ])
 def test_a_class_with_few_images_keeps_one_for_training(tmp_path, labels, fraction):
     folder = write(tmp_path, datasets.Value('int64'), train=labels)
-    data = load_image_data(data_dir=folder, val_fraction=fraction)
+    data = load_image_data(DataSource(data_dir=folder, val_fraction=fraction))
     assert set(data.train.labels) == set(labels)
     assert 1 <= len(data.validation) <= max(1, round(fraction * len(labels)))
     assert sorted([*data.train.index, *data.validation.index]) == list(range(len(labels)))
-    again = load_image_data(data_dir=folder, val_fraction=fraction)
+    again = load_image_data(DataSource(data_dir=folder, val_fraction=fraction))
     assert again.validation.index.tolist() == data.validation.index.tolist()
     assert any('held out of the train split' in note for note in data.notes)
 
@@ -291,7 +292,7 @@ def test_a_class_with_few_images_keeps_one_for_training(tmp_path, labels, fracti
 def test_where_nothing_can_be_held_out_the_way_on_is_told(tmp_path):
     folder = write(tmp_path, datasets.Value('int64'), train=[0, 1, 2])
     with pytest.raises(DataError, match='every class has a single image. Give the classes more images, or the data a'):
-        load_image_data(data_dir=folder)
+        load_image_data(DataSource(data_dir=folder))
     kept, held_out = hold_out(read(write(tmp_path, class_label('ab'), train=[0, 1] * 10)).train, 0.5, 'test')
     assert (kept.name, held_out.name, len(kept), len(held_out)) == ('train', 'test', 10, 10)
 

@@ -10,12 +10,9 @@ import torch
 from helpers.images import noise_images
 from PIL import Image
 
-from timm_selfdistill.data.streaming import (
-    StreamedSplit,
-    create_streamed_eval_loader,
-    create_streamed_train_loader,
-    load_streamed_data,
-)
+from timm_selfdistill.data.source import DataSource, Shard
+from timm_selfdistill.data.streamed_loader import create_streamed_eval_loader, create_streamed_train_loader
+from timm_selfdistill.data.streaming import StreamedSplit, load_streamed_data
 from timm_selfdistill.errors import DataError, StreamError, UnreadableImageError
 
 FEATURES = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=['ant', 'bee', 'cat']))
@@ -48,7 +45,10 @@ def write_shards(folder, sizes, part='train', label=lambda number: number % 3, f
 @pytest.fixture(scope='module')
 def parts(tmp_path_factory):
     folders = {sizes: tmp_path_factory.mktemp('shards') for sizes in (FEW, MANY)}
-    return {sizes: load_streamed_data(data_dir=write_shards(folder, sizes)).train for sizes, folder in folders.items()}
+    return {
+        sizes: load_streamed_data(DataSource(data_dir=write_shards(folder, sizes))).train
+        for sizes, folder in folders.items()
+    }
 
 
 def batches(part, epoch=0, start=0, batch_size=12, **kwargs):
@@ -60,7 +60,7 @@ def batches(part, epoch=0, start=0, batch_size=12, **kwargs):
 
 
 def all_ranks(part, world_size, **kwargs):
-    return [batches(part, rank=rank, world_size=world_size, **kwargs) for rank in range(world_size)]
+    return [batches(part, shard=Shard(rank, world_size), **kwargs) for rank in range(world_size)]
 
 
 def numbers(found):
@@ -102,7 +102,7 @@ def test_processes_have_shards_of_their_own_and_as_many_batches(parts, ranks, wo
 
 @pytest.mark.parametrize('ranks, workers, batch_size', [(1, 2, 10), (2, 2, 10), (4, 0, 20)])
 def test_shards_of_a_size_are_read_to_the_end_once(tmp_path, ranks, workers, batch_size):
-    part = load_streamed_data(data_dir=write_shards(tmp_path, (5,) * 12)).train
+    part = load_streamed_data(DataSource(data_dir=write_shards(tmp_path, (5,) * 12))).train
     shares = all_ranks(part, ranks, workers=workers, batch_size=batch_size)
     assert sorted(sum(map(numbers, shares), [])) == list(range(60))
 
@@ -110,15 +110,15 @@ def test_shards_of_a_size_are_read_to_the_end_once(tmp_path, ranks, workers, bat
 def test_workers_that_share_the_shards_of_a_process_share_its_examples(parts):
     # twelve shards are enough for two processes, but not for six workers
     for rank in range(2):
-        without = batches(parts[MANY], rank=rank, world_size=2)
-        assert same(batches(parts[MANY], rank=rank, world_size=2, workers=3), without)
-    with_own_shards = batches(parts[MANY], rank=1, world_size=2, workers=2)
+        without = batches(parts[MANY], shard=Shard(rank, 2))
+        assert same(batches(parts[MANY], shard=Shard(rank, 2), workers=3), without)
+    with_own_shards = batches(parts[MANY], shard=Shard(1, 2), workers=2)
     assert not same(with_own_shards, without)
 
 
 def test_whoever_comes_to_the_end_begins_again_in_another_order(tmp_path):
     folder = write_shards(tmp_path, (5, 5))
-    part = load_streamed_data(data_dir=folder, images_per_epoch=30).train
+    part = load_streamed_data(DataSource(data_dir=folder, images_per_epoch=30)).train
     assert len(part) == 30
     found = numbers(batches(part, batch_size=10))
     passes = [found[:10], found[10:20], found[20:]]
@@ -130,7 +130,7 @@ def test_whoever_comes_to_the_end_begins_again_in_another_order(tmp_path):
 
 def test_part_of_the_images_can_count_as_an_epoch(tmp_path):
     folder = write_shards(tmp_path, FEW)
-    part = load_streamed_data(data_dir=folder, images_per_epoch=24).train
+    part = load_streamed_data(DataSource(data_dir=folder, images_per_epoch=24)).train
     epochs = [numbers(batches(part, epoch=epoch)) for epoch in range(6)]
     assert all(len(set(epoch)) == len(epoch) == 24 for epoch in epochs)
     assert len(set().union(*epochs)) > 36
@@ -159,10 +159,10 @@ def test_loading_leaves_the_generators_alone(parts):
 
 @pytest.mark.parametrize('sizes, kwargs', [
     (FEW, dict(workers=3)),
-    (FEW, dict(rank=1, world_size=2, accumulate=3, workers=2)),
-    (MANY, dict(rank=1, world_size=2, accumulate=3, workers=2)),
+    (FEW, dict(shard=Shard(1, 2), accumulate=3, workers=2)),
+    (MANY, dict(shard=Shard(1, 2), accumulate=3, workers=2)),
     (MANY, dict(workers=4)),
-    (MANY, dict(rank=0, world_size=2, workers=3)),
+    (MANY, dict(shard=Shard(0, 2), workers=3)),
 ])
 def test_a_start_amid_the_epoch_gives_the_same_rest(parts, sizes, kwargs):
     accumulate = kwargs.get('accumulate', 1)
@@ -181,7 +181,7 @@ def test_what_is_skipped_is_not_decoded(parts, monkeypatch):
         return decode(self, example)
 
     monkeypatch.setattr(StreamedSplit, 'image', image)
-    batches(parts[FEW], start=3, rank=1, world_size=2)
+    batches(parts[FEW], start=3, shard=Shard(1, 2))
     assert decoded['images'] == 2 * 6
 
 
@@ -191,7 +191,7 @@ def test_evaluation_sees_every_example_once(parts, sizes, ranks, workers):
     found = []
     for rank in range(ranks):
         loader = create_streamed_eval_loader(
-            parts[sizes], number_and_draws, 8, workers=workers, rank=rank, world_size=ranks)
+            parts[sizes], number_and_draws, 8, workers=workers, shard=Shard(rank, ranks))
         share = list(loader)
         assert all(0 < len(labels) <= 8 for _, labels in share)
         found += share
@@ -201,7 +201,7 @@ def test_evaluation_sees_every_example_once(parts, sizes, ranks, workers):
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(batch_size=64), '`batch_size=64` is more than the 60 training images'),
-    (dict(batch_size=9, world_size=2), '`batch_size=9`: expected a multiple of the number of processes, 2'),
+    (dict(batch_size=9, shard=Shard(0, 2)), '`batch_size=9`: expected a multiple of the number of processes, 2'),
 ])
 def test_batches_that_cannot_be_are_refused(parts, kwargs, message):
     with pytest.raises(DataError, match=message):
@@ -214,7 +214,7 @@ def test_batches_that_cannot_be_are_refused(parts, kwargs, message):
 def test_parquet_files_tell_their_length_and_classes(tmp_path):
     write_shards(tmp_path / 'set', FEW)
     folder = write_shards(tmp_path / 'set', (4, 5), part='test')
-    data = load_streamed_data(data_dir=folder, in_chans=1)
+    data = load_streamed_data(DataSource(data_dir=folder, in_chans=1))
     assert {name: len(part) for name, part in data.parts().items()} == dict(train=60, test=9)  # nothing is held out
     assert (data.name, data.num_classes, data.label_names) == ('set', 3, ['ant', 'bee', 'cat'])
     assert data.image_size == (4, 4)
@@ -226,7 +226,7 @@ def test_a_description_tells_the_length(tmp_path):
     folder = write_shards(tmp_path, (4, 5))
     (tmp_path / 'README.md').write_text(
         '---\ndataset_info:\n  splits:\n  - name: train\n    num_bytes: 1\n    num_examples: 1234\n---\n')
-    assert len(load_streamed_data(dataset=folder).train) == 1234
+    assert len(load_streamed_data(DataSource(dataset=folder)).train) == 1234
 
 
 def test_arrow_files_do_not_tell_their_length(tmp_path):
@@ -237,8 +237,8 @@ def test_arrow_files_do_not_tell_their_length(tmp_path):
                 writer.write(FEATURES.encode_example(dict(img=img, label=label)))
             writer.finalize()
     with pytest.raises(DataError, match='`images_per_epoch`: how many training images .* is not known'):
-        load_streamed_data(data_dir=str(tmp_path))
-    data = load_streamed_data(data_dir=str(tmp_path), images_per_epoch=16)
+        load_streamed_data(DataSource(data_dir=str(tmp_path)))
+    data = load_streamed_data(DataSource(data_dir=str(tmp_path), images_per_epoch=16))
     assert len(data.train) == 16
     assert not isinstance(data.validation, Sized)
     assert data.validation  # and still a part like any other
@@ -251,7 +251,7 @@ def test_image_folders_are_not_read_class_by_class(tmp_path):
         (tmp_path / 'train' / name).mkdir(parents=True)
         for i in range(20):
             number_image(i).save(tmp_path / 'train' / name / f'{i}.png')
-    data = load_streamed_data(data_dir=str(tmp_path))
+    data = load_streamed_data(DataSource(data_dir=str(tmp_path)))
     assert (len(data.train), data.label_names) == (60, ['ant', 'bee', 'cat'])
     [(_, labels)] = create_streamed_eval_loader(data.train, number_and_draws, 60)
     assert torch.bincount(labels).tolist() == [20, 20, 20]
@@ -265,7 +265,7 @@ def test_image_folders_are_not_read_class_by_class(tmp_path):
 def test_saved_data_sets_and_digits(tmp_path):
     rows = dict(img=noise_images(20), label=[0, 1] * 10)
     datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=FEATURES)).save_to_disk(tmp_path / 'saved')
-    assert len(load_streamed_data(data_dir=str(tmp_path / 'saved')).train) == 20
+    assert len(load_streamed_data(DataSource(data_dir=str(tmp_path / 'saved'))).train) == 20
     data = load_streamed_data()
     assert {name: len(part) for name, part in data.parts().items()} == dict(train=1250, validation=183, test=364)
     assert not data.mirrored
@@ -283,10 +283,10 @@ def test_whole_numbers_need_the_number_of_classes(tmp_path):
         writer.write_table(table.data.table)
         writer.finalize()
     with pytest.raises(DataError, match='`num_classes`: column label of arrow holds whole numbers'):
-        load_streamed_data(data_dir=str(tmp_path / 'arrow'))
-    data = load_streamed_data(data_dir=str(tmp_path / 'arrow'), num_classes=3, images_per_epoch=12)
+        load_streamed_data(DataSource(data_dir=str(tmp_path / 'arrow')))
+    data = load_streamed_data(DataSource(data_dir=str(tmp_path / 'arrow'), num_classes=3, images_per_epoch=12))
     assert (data.num_classes, data.label_names) == (3, None)
-    data = load_streamed_data(data_dir=folder)  # parquet files tell which labels there are
+    data = load_streamed_data(DataSource(data_dir=folder))  # parquet files tell which labels there are
     assert (data.num_classes, data.label_names) == (3, None)
 
 
@@ -295,13 +295,13 @@ def test_texts_and_labels_of_another_order_are_matched_by_name(tmp_path):
     folder = write_shards(tmp_path, (9, 9), label=lambda n: 'cat ant bee'.split()[n % 3], features=texts)
     turned = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=['cat', 'bee', 'ant']))
     write_shards(tmp_path, (6,), part='test', features=turned)
-    data = load_streamed_data(data_dir=folder)
+    data = load_streamed_data(DataSource(data_dir=folder))
     assert data.label_names == ['ant', 'bee', 'cat']
     assert labels_met(data.train) == {0: 2, 1: 0, 2: 1}
     assert labels_met(data.test) == {0: 2, 1: 1, 2: 0}
-    known = load_streamed_data(data_dir=folder, class_names=['bee', 'cat', 'dog', 'ant'])
+    known = load_streamed_data(DataSource(data_dir=folder, class_names=['bee', 'cat', 'dog', 'ant']))
     assert labels_met(known.train) == {0: 1, 1: 3, 2: 0}
-    few = load_streamed_data(data_dir=folder, class_names=['bee', 'cat'])
+    few = load_streamed_data(DataSource(data_dir=folder, class_names=['bee', 'cat']))
     with pytest.raises(StreamError, match='Label ant in example 1 of shard 0 of the train part.*one of bee, cat'):
         labels_met(few.train)
 
@@ -319,7 +319,7 @@ def labels_met(part):
 ])
 def test_bad_labels_are_named_where_they_are_met(tmp_path, bad, message, workers):
     folder = write_shards(tmp_path, (12, 12), label=lambda n: bad if n == 14 else n % 3, features=INTEGERS)
-    part = load_streamed_data(data_dir=folder, num_classes=3).train
+    part = load_streamed_data(DataSource(data_dir=folder, num_classes=3)).train
     with pytest.raises(StreamError, match=message) as caught:
         batches(part, workers=workers)
     assert caught.value.local  # the other processes do not know
@@ -330,7 +330,7 @@ def test_bad_labels_are_named_where_they_are_met(tmp_path, bad, message, workers
 def test_a_test_part_without_labels_is_left_out(tmp_path):
     write_shards(tmp_path, (12,), features=INTEGERS)
     folder = write_shards(tmp_path, (12,), part='test', label=lambda number: -1, features=INTEGERS)
-    assert load_streamed_data(data_dir=folder, num_classes=3).test is None
+    assert load_streamed_data(DataSource(data_dir=folder, num_classes=3)).test is None
 
 
 def test_unreadable_and_missing_images_are_named(tmp_path):
@@ -341,7 +341,7 @@ def test_unreadable_and_missing_images_are_named(tmp_path):
         rows['img'][5] = bad
         damaged = datasets.Dataset.from_dict(rows, features=table.features).cast_column('img', datasets.Image())
         damaged.to_parquet(tmp_path / f'train-{shard}.parquet')
-    part = load_streamed_data(data_dir=str(tmp_path)).train
+    part = load_streamed_data(DataSource(data_dir=str(tmp_path))).train
     for start, message in enumerate(['There is no image in', 'Cannot read the image in']):
         one = StreamedSplit(part.stream.shard(2, start), 'train', 'img', 'label', part.classes)
         with pytest.raises(UnreadableImageError, match=f'{message} example 5 of shard 0 of the train part'):
@@ -350,7 +350,7 @@ def test_unreadable_and_missing_images_are_named(tmp_path):
 
 def test_a_stream_that_breaks_off_says_where(tmp_path):
     folder = write_shards(tmp_path, (12, 12))
-    part = load_streamed_data(data_dir=folder).train
+    part = load_streamed_data(DataSource(data_dir=folder)).train
     (tmp_path / 'train-00001-of-00002.parquet').write_bytes(b'PAR1 and nothing more')
     with pytest.raises(StreamError, match='Cannot read on in shard 1 of the train part: .*arquet'):
         batches(part)
@@ -358,20 +358,20 @@ def test_a_stream_that_breaks_off_says_where(tmp_path):
 
 def test_what_cannot_be_opened_is_refused(tmp_path):
     with pytest.raises(DataError, match='`dataset=uoft-cs/cifar100`: .*Hub'):
-        load_streamed_data(dataset='uoft-cs/cifar100')
+        load_streamed_data(DataSource(dataset='uoft-cs/cifar100'))
     with pytest.raises(DataError, match='`data_dir=.*nowhere`: no such folder'):
-        load_streamed_data(data_dir=str(tmp_path / 'nowhere'))
+        load_streamed_data(DataSource(data_dir=str(tmp_path / 'nowhere')))
     folder = write_shards(tmp_path / 'a', (5,), part='test')
     with pytest.raises(DataError, match='a has no part named train; its parts are: test'):
-        load_streamed_data(data_dir=folder)
+        load_streamed_data(DataSource(data_dir=folder))
     with pytest.raises(DataError, match='`label_column=fine`: b has no label column of that name'):
-        load_streamed_data(data_dir=write_shards(tmp_path / 'b', (5,)), label_column='fine')
+        load_streamed_data(DataSource(data_dir=write_shards(tmp_path / 'b', (5,)), label_column='fine'))
     folder = write_shards(tmp_path / 'c', (5,))
     [file] = (tmp_path / 'c').iterdir()
     pq.ParquetWriter(file, pq.read_schema(file)).close()
     with pytest.raises(DataError, match='The train part of .*c is empty'):
-        load_streamed_data(data_dir=folder, images_per_epoch=5)
+        load_streamed_data(DataSource(data_dir=folder, images_per_epoch=5))
     (tmp_path / 'd').mkdir()
     (tmp_path / 'd' / 'train.parquet').write_bytes(b'PAR1 and nothing more')
     with pytest.raises(DataError, match=r'`data_dir=.*/d` \(read as parquet\): '):
-        load_streamed_data(data_dir=str(tmp_path / 'd'))
+        load_streamed_data(DataSource(data_dir=str(tmp_path / 'd')))

@@ -17,11 +17,9 @@ from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.data.augment import eval_transform
 from timm_selfdistill.data.image_data import load_image_data
 from timm_selfdistill.data.loaders import Loaders, leave_out_unreadable, open_data
-from timm_selfdistill.data.streaming import (
-    create_streamed_eval_loader,
-    create_streamed_train_loader,
-    load_streamed_data,
-)
+from timm_selfdistill.data.source import DataSource, Shard
+from timm_selfdistill.data.streamed_loader import create_streamed_eval_loader, create_streamed_train_loader
+from timm_selfdistill.data.streaming import load_streamed_data
 from timm_selfdistill.data.unreadable import (
     SkippedImages,
     Unreadable,
@@ -85,7 +83,7 @@ def opened(folder, tmp_path, **more):
 
 
 def test_the_splits_are_what_they_would_be_less_the_unreadable_images(folder, tmp_path):
-    whole = load_image_data(data_dir=write_set(tmp_path / 'whole', bad={}), val_fraction=0.2)
+    whole = load_image_data(DataSource(data_dir=write_set(tmp_path / 'whole', bad={}), val_fraction=0.2))
     data, found, *_ = opened(folder, tmp_path)
     assert paths(found) == set(BAD)
     assert [image.reason for image in found if image.path.endswith('ant/00.png')] == ['the file is empty']
@@ -162,14 +160,14 @@ def test_two_processes_leave_out_the_same(folder, tmp_path):
 
 
 def test_measuring_goes_on_and_tells(folder, tmp_path, tiny, capsys):
-    data = load_image_data(data_dir=folder, val_fraction=0., skip_unreadable=True)
+    data = load_image_data(DataSource(data_dir=folder, val_fraction=0., skip_unreadable=True))
     network = TrainedNetwork(tiny, data, CONFIG, EvaluationConfig(skip_unreadable=True))
     for _ in range(2):
         assert sum(len(labels) for _, labels in network.batches(data.train)) == 60 - len(BAD)
     said = capsys.readouterr()
     assert said.out == '' and said.err.count('skipped  ') == len(BAD) + 1
-    plain = dataclasses.replace(network, config=EvaluationConfig(), data=load_image_data(
-        data_dir=write_set(tmp_path / 'b', {('cat', 9): 'cut'}), val_fraction=0.))
+    plain = dataclasses.replace(network, config=EvaluationConfig(), data=load_image_data(DataSource(
+        data_dir=write_set(tmp_path / 'b', {('cat', 9): 'cut'}), val_fraction=0.)))
     with pytest.raises(UnreadableImageError, match='cat/09.png .*`skip_unreadable`'):
         list(plain.batches(plain.data.train))
 
@@ -185,7 +183,7 @@ def test_a_checkpoint_is_opened_on_a_folder_that_begins_with_a_bad_image(folder,
 
 
 def stream(folder, file=None):
-    split = load_streamed_data(data_dir=folder, skip_unreadable=True).train
+    split = load_streamed_data(DataSource(data_dir=folder, skip_unreadable=True)).train
     split.skipped = SkippedImages()
     split.skipped.file = file
     return split
@@ -217,10 +215,10 @@ def test_batches_of_a_stream_keep_their_size_and_go_on_alike(folder):
     for start in (1, 3, 6):
         for (images, labels), (theirs, their_labels) in zip(epoch(stream(folder), start), whole[start:], strict=True):
             assert torch.equal(images, theirs) and torch.equal(labels, their_labels)
-    shares = [epoch(stream(folder), rank=rank, world_size=2, workers=rank) for rank in (0, 1)]
+    shares = [epoch(stream(folder), shard=Shard(rank, 2), workers=rank) for rank in (0, 1)]
     for (images, _), *slices in zip(whole, *shares, strict=True):
         assert torch.equal(torch.cat([share for share, _ in slices]), images)
-    alone = [epoch(stream(folder), accumulate=8, rank=0)]  # a batch may consist of one bad image
+    alone = [epoch(stream(folder), accumulate=8)]  # a batch may consist of one bad image
     assert torch.equal(torch.cat([images for images, _ in alone[0]]), torch.cat([images for images, _ in whole]))
 
 
@@ -231,10 +229,10 @@ def test_only_the_places_of_bad_images_change(folder, tmp_path):
 
 
 def test_a_stream_of_nothing_but_bad_images_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr('timm_selfdistill.data.streaming._TRIES', 50)
+    monkeypatch.setattr('timm_selfdistill.data.streamed_loader._TRIES', 50)
     bad = {(name, i): 'text' for name in ('ant', 'bee', 'cat') for i in range(20)}
     with pytest.raises(UnreadableImageError, match='Cannot read the image in example'):
-        load_streamed_data(data_dir=write_set(tmp_path / 'a', bad), skip_unreadable=True)
+        load_streamed_data(DataSource(data_dir=write_set(tmp_path / 'a', bad), skip_unreadable=True))
     folder = write_set(tmp_path / 'b', {})
     split = stream(folder)
     for path in Path(folder).rglob('*.png'):
@@ -278,10 +276,10 @@ def test_a_damaged_list_is_an_error(tmp_path, content):
 def test_an_image_is_decoded_in_worker_processes_where_there_are_many(folder, monkeypatch):
     from timm_selfdistill.data import unreadable
     monkeypatch.setattr(unreadable, '_MANY', 8)
-    split = load_image_data(data_dir=folder, val_fraction=0., skip_unreadable=True).train
+    split = load_image_data(DataSource(data_dir=folder, val_fraction=0., skip_unreadable=True)).train
     found = unreadable.find_unreadable(split, workers=1)
     assert paths(found) == set(BAD)
-    shares = [unreadable.find_unreadable(split, rank=rank, world_size=3) for rank in range(3)]
+    shares = [unreadable.find_unreadable(split, shard=Shard(rank, 3)) for rank in range(3)]
     assert sorted(sum(shares, [])) == sorted(found)
     unreadable.leave_out(split, found)
     assert len(list(create_eval_loader(split, eval_transform(CONFIG), 55))) == 1

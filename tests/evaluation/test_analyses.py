@@ -13,6 +13,7 @@ from helpers import RECIPES
 from helpers.runs import untrained_run
 
 from timm_selfdistill.data.image_data import load_image_data
+from timm_selfdistill.data.source import DataSource
 from timm_selfdistill.errors import ConfigError
 from timm_selfdistill.evaluation.analyses import (
     all_exits_loss,
@@ -354,8 +355,9 @@ def test_analyze_refuses_what_it_cannot_do(runs, tmp_path, monkeypatch, capsys, 
 
 
 def test_analyze_refuses_checkpoints_of_different_classes_or_data(runs, tmp_path, monkeypatch, capsys):
-    def load(dataset, **kwargs):  # as if there were another data set
-        return dataclasses.replace(load_image_data(**kwargs), name=dataset or 'digits')
+    def load(source, **kwargs):  # as if there were another data set
+        data = load_image_data(dataclasses.replace(source, dataset=None), **kwargs)
+        return dataclasses.replace(data, name=source.dataset or 'digits')
 
     monkeypatch.setattr('timm_selfdistill.evaluation.trained_network.load_image_data', load)
     for name, change, message in (
@@ -388,7 +390,7 @@ def test_evaluate_learns_the_ensemble_on_the_validation_part_alone(runs, monkeyp
 
 
 def test_a_subset_has_of_every_class_its_share():
-    part = load_image_data('digits').train
+    part = load_image_data(DataSource('digits')).train
     drawn = subset(part, 100)
     assert len(drawn) == 100 and len(np.unique(drawn.index)) == 100 and np.isin(drawn.index, part.index).all()
     share = np.bincount(drawn.labels) / 100

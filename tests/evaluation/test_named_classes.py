@@ -13,6 +13,7 @@ from timm.data import resolve_data_config
 
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.data.image_data import load_image_data
+from timm_selfdistill.data.source import DataSource
 from timm_selfdistill.hub.networks import save_model
 from timm_selfdistill.training.build import build_model, build_task
 
@@ -125,7 +126,7 @@ def test_a_teacher_is_matched_by_name(run, checkpoint, tmp_path):
     folder = write_images(tmp_path / 'data', ['rose', 'apple'], 'train', 4)
     config = TrainConfig(
         model='test_vit', img_size=32, method='kd', teacher=str(checkpoint), data_dir=str(folder), val_fraction=0.25)
-    data = load_image_data(data_dir=str(folder), val_fraction=0.25)
+    data = load_image_data(DataSource(data_dir=str(folder), val_fraction=0.25))
     model, data_config = build_model(config, data)
     task = build_task(config, model, torch.device('cpu'), data_config, data)
     assert data.label_names == ['apple', 'rose']

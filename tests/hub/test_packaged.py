@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import timm_selfdistill
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.data.image_data import load_image_data
+from timm_selfdistill.data.source import DataSource
 from timm_selfdistill.evaluation.trained_network import EvaluationConfig, TrainedNetwork
 from timm_selfdistill.metrics import evaluate_exits
 from timm_selfdistill.training.trainer import train
@@ -107,7 +108,7 @@ def _cifar100():
 @pytest.mark.skipif(_cifar100() is None, reason='there is no CIFAR-100 beside the checkout')
 def test_they_are_as_accurate_as_they_say():
     model = timm.create_model('resnet20_cifar_sd', pretrained=True).eval()
-    data = load_image_data(data_dir=str(_cifar100()), label_column='fine_label')
+    data = load_image_data(DataSource(data_dir=str(_cifar100()), label_column='fine_label'))
     assert data.label_names == list(model.pretrained_cfg['label_names'])
     network = TrainedNetwork(model, data, timm.data.resolve_data_config(model=model), EvaluationConfig(device='cpu'))
     measured = evaluate_exits(model, network.batches(data.test))

@@ -23,6 +23,7 @@ from timm_selfdistill.cli.launch import PREEMPTED, run_command
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.data.epoch_order import EpochBatches
 from timm_selfdistill.data.image_data import load_image_data
+from timm_selfdistill.data.source import DataSource
 from timm_selfdistill.errors import ConfigError, NonFiniteLossError, Preempted, UnreadableImageError
 from timm_selfdistill.training.keeper import Keeper
 from timm_selfdistill.training.loop import Loop
@@ -289,7 +290,7 @@ def test_sigterm_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_
 @pytest.mark.slow
 def test_an_unreadable_image_amid_an_epoch_is_named_and_can_be_repaired(data, whole, tmp_path, capfd, workers):
     folder = Path(shutil.copytree(data, tmp_path / 'set'))
-    train_part = load_image_data(data_dir=str(folder), label_column='fine', val_fraction=0.2).train
+    train_part = load_image_data(DataSource(data_dir=str(folder), label_column='fine', val_fraction=0.2)).train
     row = int(train_part.index[EpochBatches(64, 16, seed=42).order()[40]])  # in the third batch
     good = (folder / 'train.parquet').read_bytes()
     table = datasets.Dataset.from_parquet(str(folder / 'train.parquet'), cache_dir=str(tmp_path / 'cache'))

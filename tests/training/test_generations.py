@@ -15,6 +15,7 @@ from helpers.processes import launch
 from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.data.augment import eval_transform
 from timm_selfdistill.data.image_data import load_image_data
+from timm_selfdistill.data.source import DataSource
 from timm_selfdistill.data.workers import create_eval_loader
 from timm_selfdistill.errors import ConfigError, Preempted
 from timm_selfdistill.hub.networks import load_checkpoint
@@ -93,7 +94,7 @@ def test_the_table_repeats_what_the_runs_measured(finished):
 def test_generations_measure_agreement_and_ensemble_over_all_images(finished, data):
     """By hand, from the weights that were saved."""
     config, root = finished
-    table = load_image_data(data_dir=data, label_column='fine')
+    table = load_image_data(DataSource(data_dir=data, label_column='fine'))
     loader = create_eval_loader(
         table.test, eval_transform(generations.resolve_data_config(
             model=load_checkpoint(str(root / 'generation0'))[0])), 64)

@@ -1,11 +1,11 @@
 """Augmentation of whole batches on the device; each image has the distribution of `augment.train_transform`.
 
-timm's and torchvision's own code decides, for every image by itself, what a policy does to it; what is done is done
-here, one operation after the other, each to all images of the batch that undergo it. The results are those of PIL, to
-the rounding. Ready-made transforms of batches (kornia, torchvision.transforms.v2) draw the operations of a policy once
-for the whole batch.
+Augmenting image by image in worker processes is slower than training a small network. Here a batch is shifted, mirrored
+and put through a policy at once. timm's and torchvision's own code decides, for every image by itself, what a policy
+does to it. Then one operation after the other is carried out, each on all images of the batch that undergo it, see
+`pil_ops`. Ready-made transforms of batches (kornia, torchvision.transforms.v2) would draw the operations of a policy
+once for the whole batch.
 """
-import math
 import random
 import re
 from collections import defaultdict
@@ -18,16 +18,15 @@ from timm.data import create_transform
 from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
-from torchvision.transforms.v2 import functional
 
 from .augment import TORCHVISION_POLICIES, policy_operations
 from .image_data import seeded
+from .pil_ops import BLENDS, OPERATIONS, TABLES, WHOLE, Step, as_step, blend, transform_affine
 
 __all__ = ['BatchAugment', 'normalize', 'supports', 'to_device']
 
 GEOMETRY, POLICY = 1, 2  # streams of random numbers
 GROUP = 64  # images that share a seed of the policy: seeding costs more than the draws of one image
-Step = Tuple[str, Tuple[float, ...]]  # an operation and its arguments
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -47,131 +46,6 @@ def normalize(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
     return (pixels.permute(0, 3, 1, 2) / 255).sub_(mean).div_(std)
 
 
-def _rotation(degrees: float, height: int, width: int) -> Tuple[float, ...]:
-    """Return the coefficients that PIL's `Image.rotate` computes."""
-    angle = -math.radians(degrees % 360)
-    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
-    y, x = height / 2, width / 2
-    return cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
-
-
-# From an argument and the size to (a, b, c, d, e, f): the pixel at x, y is taken from ax + by + c, dx + ey + f.
-_AFFINE = dict(
-    rotate=_rotation,
-    shear_x=lambda v, height, width: (1, v, 0, 0, 1, 0),
-    shear_y=lambda v, height, width: (1, 0, 0, v, 1, 0),
-    translate_x_abs=lambda v, height, width: (1, 0, v, 0, 1, 0),
-    translate_y_abs=lambda v, height, width: (1, 0, 0, 0, 1, v),
-    translate_x_rel=lambda v, height, width: (1, 0, v * width, 0, 1, 0),
-    translate_y_rel=lambda v, height, width: (1, 0, 0, 0, 1, v * height),
-)
-_LEVELS = np.arange(256)
-# What becomes of each grey level, for every argument from 0.
-_TABLES = dict(
-    invert=[255 - _LEVELS],
-    posterize=[_LEVELS & (256 - 2 ** (8 - bits)) for bits in range(9)],
-    solarize=[np.where(_LEVELS < threshold, _LEVELS, 255 - _LEVELS) for threshold in range(257)],
-    solarize_add=[np.where(_LEVELS < 128, np.minimum(_LEVELS + add, 255), _LEVELS) for add in range(129)],
-)
-_FIRST_TABLE = dict(zip(_TABLES, np.cumsum([0, *map(len, _TABLES.values())])))
-
-
-def _auto_contrast(images: torch.Tensor) -> torch.Tensor:
-    low, high = images.amin((1, 2), keepdim=True).double(), images.amax((1, 2), keepdim=True).double()
-    scale = torch.full_like(high, 255) / (high - low)
-    stretched = (images * scale + -low * scale).clamp_(0, 255).to(torch.uint8)
-    return torch.where(high > low, stretched, images)
-
-
-def _equalize(images: torch.Tensor) -> torch.Tensor:
-    return functional.equalize_image(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def _grey(images: torch.Tensor) -> torch.Tensor:
-    """Return the luma (B, H, W, 1) as PIL computes it, int32."""
-    images = images.int()
-    if images.shape[-1] == 1:
-        return images
-    red, green, blue = images.split(1, -1)
-    return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
-
-
-def _grey_mean(images: torch.Tensor) -> torch.Tensor:
-    count = images[0, ..., 0].numel()
-    return (2 * _grey(images).sum((1, 2), keepdim=True) + count) // (2 * count)
-
-
-def _smooth(images: torch.Tensor) -> torch.Tensor:
-    """Return PIL's `ImageFilter.SMOOTH` of images, which leaves their edges as they are."""
-    smooth = images.int()
-    inner = smooth[:, 1:-1, 1:-1]
-    rows = smooth[:, :-2] + smooth[:, 1:-1] + smooth[:, 2:]
-    around = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
-    smoothed = (2 * (around + 4 * inner) + 13) // 26
-    inner.copy_(smoothed)
-    return smooth
-
-
-def _blend(other: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return (other + factor.float().view(-1, 1, 1, 1) * (images.int() - other.int())).clamp_(0, 255).to(torch.uint8)
-
-
-_WHOLE = dict(auto_contrast=_auto_contrast, equalize=_equalize)
-# What an image is blended with.
-_BLENDS = dict(brightness=torch.zeros_like, color=_grey, contrast=_grey_mean, sharpness=_smooth)
-_OPERATIONS = {*_AFFINE, *_TABLES, *_BLENDS, *_WHOLE}
-
-
-def _step(name: str, value: float, size: Tuple[int, int]) -> Step:
-    """Word timm's operation in those that are carried out here."""
-    if name in _AFFINE:
-        return 'affine', _AFFINE[name](value, *size)
-    if name in _TABLES:
-        return 'look_up', (_FIRST_TABLE[name] + min(max(math.ceil(value), 0), len(_TABLES[name]) - 1),)
-    return name, (value,) if name in _BLENDS else ()
-
-
-def _taps(d: torch.Tensor, interpolation: str) -> torch.Tensor:
-    """Return the weights of PIL's filter for the pixels around a point, `d` of a pixel from the one before it."""
-    if interpolation == 'bilinear':
-        return torch.stack([1 - d, d], 1)
-    return torch.stack([d * (d * (2 - d) - 1), 1 + d * d * (d - 2), d * (1 + d * (1 - d)), d * d * (d - 1)], 1)
-
-
-def _transform(images: torch.Tensor, matrix: torch.Tensor, fill: torch.Tensor, interpolation: str) -> torch.Tensor:
-    """Do PIL's `Image.transform` with affine coefficients (B, 6) to images (B, H, W, C)."""
-    count, height, width, channels = images.shape
-    x = torch.arange(width, device=images.device)
-    y = torch.arange(height, device=images.device)[:, None]
-    image = torch.arange(count, device=images.device)[:, None, None]
-    a, b, c, d, e, f = matrix.view(-1, 6, 1, 1).unbind(1)
-    if interpolation == 'nearest':  # in PIL's fixed point numbers, or ties would fall elsewhere
-        a, b, c, d, e, f = (
-            (v * 65536 + 0.5).floor().long() for v in (a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5))
-        column, row = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16
-        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        out = images[image, row.clamp(0, height - 1), column.clamp(0, width - 1)]
-        return torch.where(inside[..., None], out, fill)
-    x, y = x + 0.5, y + 0.5
-    column, row = a * x + b * y + c, d * x + e * y + f
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    column, row = column - 0.5, row - 0.5
-    left, top = column.floor(), row.floor()
-    across, down = _taps(column - left, interpolation), _taps(row - top, interpolation)  # (B, taps, H, W)
-    offset = torch.arange(across.shape[1], device=images.device).view(1, -1, 1, 1) + (1 - across.shape[1] // 2)
-    columns = (left.long()[:, None] + offset).clamp(0, width - 1)
-    rows = (top.long()[:, None] + offset).clamp(0, height - 1)
-    planes = images.permute(0, 3, 1, 2).flatten(2).double()
-    out = torch.zeros_like(planes).view(count, channels, height, width)
-    for tap in range(across.shape[1]):
-        index = (rows[:, tap, None] * width + columns).view(count, 1, -1).expand(-1, channels, -1)
-        values = planes.gather(2, index).view(count, channels, *columns.shape[1:])
-        out += (values * across[:, None]).sum(2) * down[:, None, tap]
-    out = out.permute(0, 2, 3, 1)
-    # the sums may end a rounding error below a whole number, and PIL cuts off
-    return torch.where(inside[..., None], (out + 1e-6).clamp_(0, 255).to(torch.uint8), fill)
-
-
 def _timm_policy(auto_augment: str, **config: Any) -> Union[RandAugment, AutoAugment, AugMixAugment]:
     """Return the policy that timm's transform would have."""
     return create_transform(**config, is_training=True, separate=True, auto_augment=auto_augment)[1].transforms[0]
@@ -187,13 +61,13 @@ def supports(crop: str, color_jitter: float = 0., auto_augment: Optional[str] = 
     if auto_augment is None or auto_augment in TORCHVISION_POLICIES:
         return True
     policy = _timm_policy(auto_augment)
-    known = all(op.aug_fn.__name__ in _OPERATIONS for op in policy_operations(policy))
+    known = all(op.aug_fn.__name__ in OPERATIONS for op in policy_operations(policy))
     return known and not isinstance(policy, AugMixAugment)
 
 
 def _record(name: str, size: Tuple[int, int], steps: List[Step], *level: float, **_: Any) -> List[Step]:
     """Stand in for an operation of timm's that would alter an image: note it down in the image's stead."""
-    return [*steps, _step(name, *(level or (0,)), size)]
+    return [*steps, as_step(name, *(level or (0,)), size)]
 
 
 class _TimmPolicy:
@@ -242,11 +116,11 @@ class _TorchvisionPolicy:
         timm_name = re.sub('(?<=[a-z])(?=[A-Z])', '_', name).lower()
 
         def step(value: float) -> Step:
-            if timm_name in _BLENDS:
-                return _step(timm_name, 1 + value, self.size)
+            if timm_name in BLENDS:
+                return as_step(timm_name, 1 + value, self.size)
             if timm_name.startswith('translate'):  # the image moves, in timm the place it is taken from
-                return _step(f'{timm_name}_abs', -int(value), self.size)
-            return _step(timm_name, value, self.size)
+                return as_step(f'{timm_name}_abs', -int(value), self.size)
+            return as_step(timm_name, value, self.size)
 
         return prob, (step(-magnitude if signed else magnitude), step(magnitude))
 
@@ -299,7 +173,7 @@ class BatchAugment:
             kind = _TorchvisionPolicy if auto_augment in TORCHVISION_POLICIES else _TimmPolicy
             self.policy = kind(auto_augment, data_config)
             self.fill = torch.tensor(self.policy.fill, dtype=torch.uint8, device=device)
-            self.tables = to_device(np.concatenate(list(_TABLES.values())).astype(np.uint8), device)
+            self.tables = to_device(np.concatenate(list(TABLES.values())).astype(np.uint8), device)
 
     def pad(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pad pixels (N, H, W, C) with black by an eighth of the size on every side, as `__call__` wants them."""
@@ -393,9 +267,9 @@ class BatchAugment:
 
     def _apply(self, name: str, images: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
         if name == 'affine':
-            return _transform(images, arguments, self.fill, self.policy.interpolation)
+            return transform_affine(images, arguments, self.fill, self.policy.interpolation)
         if name == 'look_up':
             return self.tables[arguments.long()[:, :, None, None], images.long()]
-        if name in _BLENDS:
-            return _blend(_BLENDS[name](images), images, arguments)
-        return _WHOLE[name](images)
+        if name in BLENDS:
+            return blend(BLENDS[name](images), images, arguments)
+        return WHOLE[name](images)

@@ -22,6 +22,7 @@ from .augment import eval_transform
 from .device_augment import BatchAugment, normalize, to_device
 from .epoch_order import EpochBatches
 from .image_data import ImageSplit
+from .source import Shard
 from .workers import keep_worker_alive, readable
 
 __all__ = ['DeviceEvalLoader', 'DeviceLoader', 'decode_split', 'fits_on_device']
@@ -190,8 +191,7 @@ class DeviceEvalLoader:
         data_config: See `timm.data.resolve_data_config`.
         batch_size: Images of a batch; the last one may have fewer.
         device: Where the share stays.
-        rank: Number of this process.
-        world_size: Number of processes.
+        shard: The share of this process.
 
     Iterating gives pairs of images (B, C, H, W), float32, normalised, channels last in memory, and labels (B,), int64.
     """
@@ -203,11 +203,10 @@ class DeviceEvalLoader:
             data_config: Dict[str, Any],
             batch_size: int,
             device: torch.device,
-            rank: int = 0,
-            world_size: int = 1,
+            shard: Shard = Shard(),
     ):
-        self.pixels = pixels[rank::world_size].to(device)
-        self.labels = torch.as_tensor(labels[rank::world_size], dtype=torch.long, device=device)
+        self.pixels = pixels[shard.rank::shard.world_size].to(device)
+        self.labels = torch.as_tensor(labels[shard.rank::shard.world_size], dtype=torch.long, device=device)
         self.mean, self.std = (torch.tensor(data_config[k], device=device).view(-1, 1, 1) for k in ('mean', 'std'))
         self.batch_size = batch_size
 

@@ -5,6 +5,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from ..errors import DataError
+from .source import Shard
 
 __all__ = ['EpochBatches']
 
@@ -20,8 +21,7 @@ class EpochBatches(Sampler):
         length: Rows of the data set.
         batch_size: Rows of a step over all processes.
         seed: Seed of the order.
-        rank: Number of this process.
-        world_size: Number of processes.
+        shard: The share of this process.
         accumulate: Slices that a process takes of a step, one after the other.
 
     Attributes:
@@ -38,10 +38,10 @@ class EpochBatches(Sampler):
             length: int,
             batch_size: int,
             seed: int = 0,
-            rank: int = 0,
-            world_size: int = 1,
+            shard: Shard = Shard(),
             accumulate: int = 1,
     ):
+        world_size = shard.world_size
         if batch_size < 1 or batch_size % (world_size * accumulate):
             shares = f'{world_size}' if accumulate == 1 else f'{world_size}, times `grad_accum_steps={accumulate}`'
             raise DataError(
@@ -51,7 +51,7 @@ class EpochBatches(Sampler):
         if length < batch_size:
             raise DataError(f'`batch_size={batch_size}` is more than the {length} training images.')
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.shard, self.accumulate = shard, accumulate
         self.steps = length // batch_size
         self.set_epoch(0)
 
@@ -65,10 +65,10 @@ class EpochBatches(Sampler):
 
     def slices(self) -> Iterator[slice]:
         """Yield the places in the epoch's order of one batch of this process after the other."""
-        share = self.batch_size // self.world_size
+        share = self.batch_size // self.shard.world_size
         size = share // self.accumulate
         for step in range(self.start, self.steps):
-            first = step * self.batch_size + self.rank * share
+            first = step * self.batch_size + self.shard.rank * share
             for begin in range(first, first + share, size):
                 yield slice(begin, begin + size)
 

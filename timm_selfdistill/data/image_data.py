@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import DataError, UnreadableImageError
-from ..publishing import data_name
 from .columns import choose_columns, with_images
 from .data_files import DIGITS, IMAGES, empty_split, find_files, open_files
 from .images import decode_image, printable
 from .labels import Classes, Key, find_classes, label_keys, shortened
+from .source import DataSource
 
 __all__ = ['ImageData', 'ImageSplit', 'classes_for', 'hold_out', 'load_image_data', 'seeded']
 
@@ -248,46 +248,21 @@ def classes_for(
     return Classes(found.names, count, 'the network')
 
 
-def load_image_data(
-        dataset: Optional[str] = None,
-        data_dir: Optional[str] = None,
-        image_column: Optional[str] = None,
-        label_column: Optional[str] = None,
-        val_fraction: float = 0.1,
-        in_chans: int = 3,
-        superclass_column: Optional[str] = None,
-        num_classes: Optional[int] = None,
-        class_names: Optional[Sequence[str]] = None,
-        known: bool = False,
-        skip_unreadable: bool = False,
-) -> ImageData:
+def load_image_data(source: DataSource = DataSource(), known: bool = False) -> ImageData:
     """Open a data set of labelled images.
 
     Args:
-        dataset: `digits`, a Hugging Face Hub id, or a loader of the `datasets` library such as `imagefolder`. Found
-            out from the files when None and `data_dir` is given, else `digits`.
-        data_dir: Local folder with parquet or arrow files, a saved data set, or images in one folder a class, see
-            `image_folder`.
-        image_column: Which column holds the images; read from the features when None.
-        label_column: Which column holds the labels; read from the features when None.
-        val_fraction: Part of the training data held out for validation where the data set has no such part; 0 holds
-            out nothing.
-        in_chans: Channels that images are converted to: 3, colour, or 1, grey.
-        superclass_column: Which column holds the superclass of the label; None where none is needed.
-        num_classes: Classes that a network has, or is to have; None where the data decide.
-        class_names: Names of the classes that a network knows. Labels are given the numbers of these.
+        source: What to read. With `skip_unreadable` the size of the images is that of the first that can be read;
+            `unreadable.leave_out` takes the others out.
         known: The network exists: its classes are `num_classes`, and the data need no train split.
-        skip_unreadable: Take the size of the images from the first that can be read. `unreadable.leave_out` takes the
-            others out.
 
     Raises:
         DataError: No such folder, columns missing or ambiguous, labels that are none or name unknown classes, splits
             missing or empty, a class without one superclass.
         UnreadableImageError: The first image cannot be decoded.
     """
-    if not 0 <= val_fraction < 1:
-        raise DataError(f'`val_fraction={val_fraction}`: expected 0 or more and less than 1.')
-    name, files = data_name(dataset, data_dir), find_files(dataset, data_dir)
+    name, files = source.name, find_files(source.dataset, source.data_dir)
+    class_names, num_classes = source.class_names, source.num_classes
     tables = {split: table.with_format(None) for split, table in open_files(files).items()}
     notes = files.notes
     if 'train' not in tables and not known:
@@ -296,7 +271,8 @@ def load_image_data(
         if not len(table):
             raise DataError(empty_split(split, name))
     first = next(iter(tables.values()))
-    image_column, label_column = choose_columns(first.features, image_column, label_column, name, notes)
+    image_column, label_column = choose_columns(
+        first.features, source.image_column, source.label_column, name, notes)
     keys: Dict[str, List[Key]] = {}
     for split, table in list(tables.items()):
         keys[split] = label_keys(table, label_column, split, name)
@@ -324,23 +300,24 @@ def load_image_data(
         if classes.counts(keys[split][0]):
             notes.append(f'the labels of the {split} split have no names and are taken to count the classes from 0')
         table = with_images(tables[split], image_column, split, name)
-        return ImageSplit(table, split, image_column, labels, mode='L' if in_chans == 1 else 'RGB')
+        return ImageSplit(table, split, image_column, labels, mode='L' if source.in_chans == 1 else 'RGB')
 
     train, validation, test = part('train'), part('validation'), part('test')
     superclasses = None
-    if superclass_column is not None:
+    if source.superclass_column is not None:
         if train is None:
-            raise DataError(f'`superclass_column={superclass_column}`: {name} has no train part to find them in.')
-        superclasses = _superclasses(tables['train'], superclass_column, train.labels, classes.count, name)
-    if validation is None and train is not None and val_fraction > 0:
-        train, validation = hold_out(train, val_fraction)
+            raise DataError(
+                f'`superclass_column={source.superclass_column}`: {name} has no train split to find them in.')
+        superclasses = _superclasses(tables['train'], source.superclass_column, train.labels, classes.count, name)
+    if validation is None and train is not None and source.val_fraction > 0:
+        train, validation = hold_out(train, source.val_fraction)
         counts = np.bincount(validation.labels, minlength=classes.count)[np.unique(train.labels)]
         notes.append(
             f'{len(validation):,} images are held out of the train split for validation'
             + (f'; {np.sum(counts == 0)} classes have too few images to be among them' if not counts.all() else '')
         )
     leading = train or validation or test
-    width, height = first_image(leading.image, range(len(leading)), skip_unreadable).size
+    width, height = first_image(leading.image, range(len(leading)), source.skip_unreadable).size
     return ImageData(
         name=name,
         train=train,

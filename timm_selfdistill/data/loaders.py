@@ -14,11 +14,18 @@ from .device_augment import BatchAugment, supports
 from .device_loader import DeviceEvalLoader, DeviceLoader, decode_split, fits_on_device
 from .epoch_order import EpochBatches
 from .image_data import ImageData, ImageSplit, load_image_data
-from .streaming import create_streamed_eval_loader, create_streamed_train_loader, load_streamed_data
+from .source import DataSource, Shard
+from .streamed_loader import create_streamed_eval_loader, create_streamed_train_loader
+from .streaming import load_streamed_data
 from .unreadable import Unreadable, find_unreadable, leave_out, read_unreadable
 from .workers import create_eval_loader, create_train_loader
 
-__all__ = ['Loaders', 'leave_out_unreadable', 'open_data']
+__all__ = ['Loaders', 'leave_out_unreadable', 'open_data', 'shard_of']
+
+
+def shard_of(accelerator: Accelerator) -> Shard:
+    """Return the share of this process."""
+    return Shard(accelerator.process_index, accelerator.num_processes)
 
 
 def open_data(
@@ -36,17 +43,9 @@ def open_data(
     Raises:
         DataError: See `data.load_image_data` and `streaming.load_streamed_data`.
     """
+    source = DataSource.of_run(config, class_names)
     with accelerator.main_process_first():
-        if config.streaming:
-            return load_streamed_data(
-                config.dataset, config.data_dir, config.image_column, config.label_column, config.in_chans,
-                config.num_classes, config.images_per_epoch, class_names, config.skip_unreadable,
-            )
-        return load_image_data(
-            config.dataset, config.data_dir, config.image_column, config.label_column, config.val_fraction,
-            config.in_chans, config.superclass_column, config.num_classes, class_names,
-            skip_unreadable=config.skip_unreadable,
-        )
+        return load_streamed_data(source) if config.streaming else load_image_data(source)
 
 
 def leave_out_unreadable(data: ImageData, accelerator: Accelerator, folder: Path) -> List[Unreadable]:
@@ -67,11 +66,11 @@ def leave_out_unreadable(data: ImageData, accelerator: Accelerator, folder: Path
     known = next((found for found in map(read_unreadable, files) if found is not None), None)
     images, = broadcast_object_list([known])
     if images is None:
-        rank, processes = accelerator.process_index, accelerator.num_processes
+        shard = shard_of(accelerator)
         workers = max(1, torch.get_num_threads())
         images = gather_object([
             image for split in data.parts().values()
-            for image in find_unreadable(split, workers, rank, processes, accelerator.is_main_process)
+            for image in find_unreadable(split, workers, shard, accelerator.is_main_process)
         ])
         images.sort(key=lambda image: (image.split, len(image.place), image.place))
     for split in data.parts().values():
@@ -135,8 +134,7 @@ class Loaders:
         workers = self.config.workers
         return dict(
             workers=workers if workers is not None else 0 if on_cpu else 4,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            shard=shard_of(self.accelerator),
             pin_memory=not on_cpu,
         )
 
@@ -151,8 +149,7 @@ class Loaders:
         config, split, shared = self.config, self.data.train, self._shared()
         if self.kind == 'device':
             batches = EpochBatches(
-                len(split), config.batch_size, config.seed, shared['rank'], shared['world_size'],
-                config.grad_accum_steps,
+                len(split), config.batch_size, config.seed, shared['shard'], config.grad_accum_steps,
             )
             augment = BatchAugment(self.data_config, self.accelerator.device, **self.augment)
             return DeviceLoader(self._decode(split, training=True), split.labels, batches, augment)
@@ -170,7 +167,7 @@ class Loaders:
             if split.name not in self._resident:
                 self._resident[split.name] = DeviceEvalLoader(
                     self._decode(split), split.labels, self.data_config, batch_size, self.accelerator.device,
-                    shared['rank'], shared['world_size'],
+                    shared['shard'],
                 )
             return self._resident[split.name]
         create = create_streamed_eval_loader if self.kind == 'stream' else create_eval_loader

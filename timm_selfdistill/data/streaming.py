@@ -1,17 +1,18 @@
-"""Data sets that are read as they come, from the Hub or from files, and their batches."""
-from copy import copy
-from itertools import chain, count, islice, tee
+"""Data sets that are read as they come, from the Hub or from files.
+
+Nothing is prepared on disk: a split is a stream of encoded images, whose shards can be read independently. What has to
+be known before training (columns, classes, how many images make an epoch) is read from the features and file headers.
+`streamed_loader` makes batches of it.
+"""
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import datasets
-import numpy as np
 import pyarrow.parquet as pq
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from ..errors import DataError, StreamError, UnreadableImageError
-from ..publishing import data_name
 from .columns import choose_columns, is_image_feature
 from .data_files import (
     DIGITS,
@@ -25,27 +26,16 @@ from .data_files import (
     open_files,
     reason_of,
 )
-from .epoch_order import EpochBatches
-from .image_data import ImageData, first_image, seeded
+from .image_data import ImageData, first_image
 from .images import decode_image, printable
 from .labels import Classes, find_classes, shortened, speller
+from .source import DataSource
 from .unreadable import SkippedImages, Unreadable
-from .workers import keep_worker_alive
 
-__all__ = [
-    'SizedStreamedSplit', 'StreamedLoader', 'StreamedSplit', 'create_streamed_eval_loader',
-    'create_streamed_train_loader', 'load_streamed_data',
-]
-
-# Shards that must fall to each of several readers before they divide a stream by shards; shares of fewer would differ
-# too much in length.
-_SHARDS = 3
-
-# Images in a row, none of which can be read, that are too many to go on.
-_TRIES = 1000
+__all__ = ['Example', 'SizedStreamedSplit', 'StreamedSplit', 'load_streamed_data']
 
 # Encoded image, label, number of the shard, number of the example in it.
-_Example = Tuple[Any, Any, int, int]
+Example = Tuple[Any, Any, int, int]
 
 
 class StreamedSplit:
@@ -81,7 +71,7 @@ class StreamedSplit:
         self.classes, self.mode = classes, mode
         self.skipped: Optional[SkippedImages] = None
 
-    def examples(self, shards: Iterable[int]) -> Iterator[_Example]:
+    def examples(self, shards: Iterable[int]) -> Iterator[Example]:
         """Yield the examples of some shards, undecoded.
 
         Raises:
@@ -98,7 +88,7 @@ class StreamedSplit:
                 reason = ' '.join(str(e).split())
                 raise StreamError(f'Cannot read on in shard {shard} of the {self.name} part: {reason}') from e
 
-    def skip(self, example: _Example, error: UnreadableImageError) -> None:
+    def skip(self, example: Example, error: UnreadableImageError) -> None:
         """Go on after an image that cannot be read.
 
         Raises:
@@ -110,12 +100,12 @@ class StreamedSplit:
         place = f'example {row} of shard {shard}'
         self.skipped.note(Unreadable(self.name, place, error.path or '', error.reason))
 
-    def _where(self, example: _Example) -> str:
+    def _where(self, example: Example) -> str:
         image, _, shard, row = example
         path = f' ({printable(image["path"])})' if image and image['path'] else ''
         return f'example {row} of shard {shard} of the {self.name} part{path}'
 
-    def image(self, example: _Example):
+    def image(self, example: Example):
         """Decode an example's image.
 
         Raises:
@@ -123,7 +113,7 @@ class StreamedSplit:
         """
         return decode_image(example[0], self.mode, f'in {self._where(example)}')
 
-    def item(self, example: _Example, transform: Callable) -> Tuple[torch.Tensor, int]:
+    def item(self, example: Example, transform: Callable) -> Tuple[torch.Tensor, int]:
         """Return an example's image tensor (C, H, W) and label.
 
         Raises:
@@ -190,43 +180,24 @@ def _open_streams(files: Files) -> Tuple[Dict[str, datasets.IterableDataset], Di
     return streams, {split: _length(opened[name], name, found.get(name, [])) for split, name in named.items()}
 
 
-def load_streamed_data(
-        dataset: Optional[str] = None,
-        data_dir: Optional[str] = None,
-        image_column: Optional[str] = None,
-        label_column: Optional[str] = None,
-        in_chans: int = 3,
-        num_classes: Optional[int] = None,
-        images_per_epoch: Optional[int] = None,
-        class_names: Optional[Sequence[str]] = None,
-        skip_unreadable: bool = False,
-) -> ImageData:
-    """Open a data set of labelled images without copying or reading it; see `data.load_image_data`.
+def load_streamed_data(source: DataSource = DataSource()) -> ImageData:
+    """Open a data set of labelled images without copying or reading it; see `image_data.load_image_data`.
 
-    Nothing is held out of the training part. What is wrong with an example shows when it is met. A test part whose
+    Nothing is held out of the train split. What is wrong with an example shows when it is met. A test split whose
     first label is -1 counts as one whose labels are withheld, as the Hub marks them.
 
     Args:
-        dataset: A Hugging Face Hub id, or a loader of the `datasets` library. Found out from the files when None and
-            `data_dir` is given, else `digits`.
-        data_dir: Local folder with parquet or arrow files, a saved data set, or images in one folder a class.
-        image_column: Which column holds the images; read from the features when None.
-        label_column: Which column holds the labels; read from the features when None.
-        in_chans: Channels that images are converted to: 3, colour, or 1, grey.
-        num_classes: Classes in the data, needed where the labels are plain whole numbers.
-        images_per_epoch: Training examples that count as an epoch; all of them when None, where their number is known.
-        class_names: Names of the classes that a network knows. Labels are given the numbers of these.
-        skip_unreadable: Go on after images that cannot be read, see `StreamedSplit.skipped`.
+        source: What to read. With `skip_unreadable` images that cannot be read are skipped when they are met.
 
     Returns:
-        The data set; its parts are streams, of which the training part at least knows its length.
+        The data set; its splits are streams, of which the train split at least knows its length.
 
     Raises:
         DataError: The data cannot be reached, columns are missing or ambiguous, the number of classes or of training
-            examples is not known, no training part.
+            examples is not known, or there is no train split.
         UnreadableImageError: The first training image cannot be decoded.
     """
-    name, files = data_name(dataset, data_dir), find_files(dataset, data_dir)
+    name, files = source.name, find_files(source.dataset, source.data_dir)
     streams, lengths = _open_streams(files)
     notes = files.notes
     if 'train' not in streams:
@@ -234,7 +205,8 @@ def load_streamed_data(
     features = streams['train'].features
     if features is None:
         raise DataError(f'{name} does not say what its columns hold, so that it cannot be streamed.')
-    image_column, label_column = choose_columns(features, image_column, label_column, name, notes)
+    image_column, label_column = choose_columns(
+        features, source.image_column, source.label_column, name, notes)
     for split, stream in list(streams.items()):
         missing = {image_column, label_column}.difference(stream.features or features)
         if missing:
@@ -247,8 +219,8 @@ def load_streamed_data(
         if not isinstance(stream.features[image_column], datasets.Image) and is_image_feature(
                 stream.features[image_column]):
             streams[split] = stream.cast_column(image_column, datasets.Image())
-    classes = _stream_classes(features[label_column], label_column, name, num_classes, class_names, files)
-    lengths['train'] = images_per_epoch or lengths['train']
+    classes = _stream_classes(features[label_column], label_column, name, source, files)
+    lengths['train'] = source.images_per_epoch or lengths['train']
     if lengths['train'] is None:
         raise DataError(
             f'`images_per_epoch`: how many training images {name} has is not known; pass how many count as an epoch.')
@@ -256,7 +228,7 @@ def load_streamed_data(
     def part(split: str) -> Optional[StreamedSplit]:
         if split not in streams:
             return None
-        args = (streams[split], split, image_column, label_column, classes, 'L' if in_chans == 1 else 'RGB')
+        args = (streams[split], split, image_column, label_column, classes, 'L' if source.in_chans == 1 else 'RGB')
         return StreamedSplit(*args) if lengths[split] is None else SizedStreamedSplit(*args, length=lengths[split])
 
     train, validation, test = part('train'), part('validation'), part('test')
@@ -267,8 +239,8 @@ def load_streamed_data(
     first = next(examples, None)
     if first is None:
         raise DataError(empty_split('train', name))
-    width, height = first_image(train.image, chain([first], examples), skip_unreadable).size
-    if skip_unreadable:
+    width, height = first_image(train.image, chain([first], examples), source.skip_unreadable).size
+    if source.skip_unreadable:
         for split in (train, validation, test):
             if split is not None:
                 split.skipped = SkippedImages()
@@ -289,8 +261,7 @@ def _stream_classes(
         feature: Any,
         column: str,
         name: str,
-        num_classes: Optional[int],
-        class_names: Optional[Sequence[str]],
+        source: DataSource,
         files: Files,
 ) -> Classes:
     """Find the classes of a stream: those of its feature, or of its parquet files, whose labels are quickly read.
@@ -298,19 +269,19 @@ def _stream_classes(
     Raises:
         DataError: They cannot be known before the stream has been read.
     """
-    if class_names is not None:
-        return Classes(class_names, num_classes, 'the network')
+    if source.class_names is not None:
+        return Classes(source.class_names, source.num_classes, 'the network')
     spell = speller(feature, column, name)
     if isinstance(feature, datasets.ClassLabel) or feature.dtype == 'bool':
         return find_classes(feature, [spell(False)], column)[0]
-    if num_classes is not None and not feature.dtype.startswith(('string', 'large_string')):
-        return Classes(None, num_classes)
+    if source.num_classes is not None and not feature.dtype.startswith(('string', 'large_string')):
+        return Classes(None, source.num_classes)
     if files.kind == 'parquet' and files.data_files and 'train' in files.data_files:
         columns = (pq.read_table(file, columns=[column])[0] for file in files.data_files['train'])
         values = {value for labels in columns for value in labels.unique().to_pylist()}
         keys = [key for key in map(spell, values) if key is not None]
         if keys:
-            classes, told = find_classes(feature, keys, column, num_classes)
+            classes, told = find_classes(feature, keys, column, source.num_classes)
             files.notes += told
             return classes
     if feature.dtype.startswith(('string', 'large_string')):
@@ -321,193 +292,4 @@ def _stream_classes(
     raise DataError(
         f'`num_classes`: column {column} of {name} holds whole numbers, and a stream does not tell how many '
         f'classes they stand for; pass their number.'
-    )
-
-
-def _shuffled(examples: Iterable[_Example], buffer_size: int, rng: np.random.Generator) -> Iterator[_Example]:
-    """Yield examples in random order, each drawn from the next `buffer_size` that have not come yet.
-
-    The order of the `datasets` library's own shuffling is another one from version to version.
-    """
-    buffer = []
-    for example in examples:
-        if len(buffer) < buffer_size:
-            buffer.append(example)
-            continue
-        i = rng.integers(buffer_size)
-        yield buffer[i]
-        buffer[i] = example
-    for i in rng.permutation(len(buffer)):
-        yield buffer[i]
-
-
-class _Share(IterableDataset):
-    """What one reader, a worker or a process that has none, makes of a part; the base of training and evaluation."""
-
-    def __init__(self, split: StreamedSplit, transform: Callable, rank: int, world_size: int):
-        self.split, self.transform, self.rank, self.world_size = split, transform, rank, world_size
-
-    def divide(self) -> Tuple[int, int, int, int]:
-        """Return worker, workers, piece and pieces.
-
-        The shards are divided into as many pieces as there are readers or processes, or are one piece. `piece` is the
-        number of the one that this reader reads.
-        """
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        readers = self.world_size * workers
-        pieces = next((n for n in (readers, self.world_size) if self.split.shards >= _SHARDS * n), 1)
-        return worker, workers, (self.rank * workers + worker) * pieces // readers, pieces
-
-
-class _TrainShare(_Share):
-    """Yields the batches of this reader, and None in place of those of the first round that are left out.
-
-    In each round torch takes a batch of every worker, beginning with the first worker wherever in the epoch that is.
-    """
-
-    def __init__(self, split: StreamedSplit, transform: Callable, batches: EpochBatches, shuffle_buffer: int):
-        super().__init__(split, transform, batches.rank, batches.world_size)
-        self.batches, self.shuffle_buffer = batches, shuffle_buffer
-
-    def endless(self, piece: int, pieces: int) -> Iterator[_Example]:
-        """Yield the examples of a piece in the epoch's order, over and over."""
-        seeds = (self.batches.seed, self.batches.epoch)
-        shards = np.random.default_rng(seeds).permutation(self.split.shards)[piece::pieces].tolist()
-        for turn in count():
-            rng = np.random.default_rng((*seeds, piece, turn))
-            examples = _shuffled(self.split.examples(shards), self.shuffle_buffer, rng)
-            first = next(examples, None)
-            if first is None:
-                raise StreamError(f'There are no examples in shards {shards} of the {self.split.name} part.')
-            yield first
-            yield from examples
-
-    def item(self, place: int, examples: Iterable[_Example]) -> Tuple[torch.Tensor, int]:
-        """Return image tensor and label of the first example, with the draws of its place in the epoch.
-
-        Where its image is skipped the next one that can be read takes its place, and comes once more in its own. So who
-        sees what does not depend on what others can read, nor on where in the epoch a run goes on.
-
-        Raises:
-            UnreadableImageError: An image that is not to be skipped, or too many in a row.
-        """
-        for tries, example in enumerate(examples, 1):
-            try:
-                with seeded(self.batches.seed, self.batches.epoch, place):
-                    return self.split.item(example, self.transform)
-            except UnreadableImageError as e:
-                self.split.skip(example, e)
-                if tries == _TRIES:
-                    raise
-
-    def __iter__(self) -> Iterator[Optional[List[torch.Tensor]]]:
-        batches = self.batches
-        worker, workers, piece, pieces = self.divide()
-        (examples,), read = tee(self.endless(piece, pieces), 1), 0  # a copy of it looks ahead
-        left_out = batches.start * batches.accumulate
-        if worker < left_out % workers:
-            yield None
-        for number, places in enumerate(batches.slices(), left_out):
-            if number % workers != worker:
-                continue
-            size = places.stop - places.start
-            if pieces == 1:  # everyone's examples
-                first = places.start
-            else:  # this process's, or this reader's alone
-                first = size * (number if pieces == self.world_size else number // workers)
-            items = []
-            for place, example in enumerate(islice(examples, first - read, first - read + size), places.start):
-                items.append(self.item(place, chain([example], copy(examples))))
-            read = first + size
-            yield default_collate(items)
-
-
-class _EvalShare(_Share):
-    """Yields image tensors and labels of this reader's examples."""
-
-    def __iter__(self) -> Iterator[Tuple[torch.Tensor, int]]:
-        worker, workers, piece, pieces = self.divide()
-        examples = self.split.examples(range(piece, self.split.shards, pieces))
-        sharers = self.world_size * workers // pieces
-        for example in islice(examples, (self.rank * workers + worker) % sharers, None, sharers):
-            try:
-                yield self.split.item(example, self.transform)
-            except UnreadableImageError as e:
-                self.split.skip(example, e)
-
-
-class StreamedLoader:
-    """Shuffled, augmented batches of a stream: images (N, C, H, W) and labels (N,).
-
-    Attributes:
-        batch_sampler: Its `set_epoch` chooses the epoch and the steps of it to leave out.
-    """
-
-    def __init__(self, loader: DataLoader, batch_sampler: EpochBatches):
-        self.loader, self.batch_sampler = loader, batch_sampler
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
-
-    def __iter__(self) -> Iterator[List[torch.Tensor]]:
-        return (batch for batch in self.loader if batch is not None)
-
-
-def create_streamed_train_loader(
-        split: SizedStreamedSplit,
-        transform: Callable,
-        batch_size: int,
-        seed: int = 0,
-        workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-        pin_memory: bool = False,
-        shuffle_buffer: int = 1000,
-) -> StreamedLoader:
-    """Return a loader of shuffled, augmented batches; call `batch_sampler.set_epoch` before each epoch.
-
-    Shards are shuffled, and so are examples, in a buffer of `shuffle_buffer` encoded ones for each reader. Where at
-    least three shards fall to every process, each reads shards of its own, dealt out anew in every epoch, and likewise
-    its workers; otherwise all of them read everything and decode only what is theirs. In one pass no example comes
-    twice. All processes take the same number of batches: one that has come to the end of its shards begins another
-    pass over them, one that has more than it needs leaves the rest.
-
-    The batches are a function of seed and epoch where all read everything, else of the numbers of processes and workers
-    too. Started amid the epoch, the loader yields what it would have yielded from there on; what comes before is read,
-    but not decoded. (The state that streams of the `datasets` library keep would lose what is in a shuffle buffer.)
-
-    Raises:
-        DataError: An epoch is smaller than one batch, or a batch cannot be shared evenly.
-    """
-    batches = EpochBatches(len(split), batch_size, seed, rank, world_size, accumulate)
-    loader = DataLoader(
-        _TrainShare(split, transform, batches, shuffle_buffer),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=keep_worker_alive,
-        generator=torch.Generator(),  # leaves the global one, which a resumed run goes on with, alone
-    )
-    return StreamedLoader(loader, batches)
-
-
-def create_streamed_eval_loader(
-        split: StreamedSplit,
-        transform: Callable,
-        batch_size: int,
-        workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        pin_memory: bool = False,
-) -> DataLoader:
-    """Return a loader of one process's share of a part: every example exactly once over all processes, none padded."""
-    return DataLoader(
-        _EvalShare(split, transform, rank, world_size),
-        batch_size=batch_size,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=keep_worker_alive,
-        generator=torch.Generator(),
     )

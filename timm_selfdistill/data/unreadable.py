@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import DataError, UnreadableImageError
 from ..run_files import replaced
 from .image_data import ImageSplit
+from .source import Shard
 from .workers import keep_worker_alive, readable
 
 __all__ = [
@@ -62,8 +63,7 @@ class _Rows(Dataset):
 def find_unreadable(
         split: ImageSplit,
         workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        shard: Shard = Shard(),
         progress: bool = False,
 ) -> List[Unreadable]:
     """Decode the images of one process's share of a split; return those that cannot be.
@@ -71,15 +71,14 @@ def find_unreadable(
     Args:
         split: The split.
         workers: Processes that decode a large one.
-        rank: Number of this process.
-        world_size: Number of processes.
+        shard: The share of this process.
         progress: Show a bar for a large split, if on a terminal.
     """
-    large = len(split) >= _MANY * world_size
+    large = len(split) >= _MANY * shard.world_size
     batches = DataLoader(
         _Rows(split),
         batch_size=64,
-        sampler=range(rank, len(split), world_size),
+        sampler=shard.rows(len(split)),
         num_workers=workers if large else 0,
         collate_fn=lambda rows: [row for row in rows if row is not None],
         worker_init_fn=keep_worker_alive,

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from ..errors import DataError, WorkerDiedError
 from .epoch_order import EpochBatches
 from .image_data import ImageSplit
+from .source import Shard
 
 __all__ = ['create_eval_loader', 'create_train_loader', 'keep_worker_alive', 'readable', 'starting_workers']
 
@@ -22,8 +23,7 @@ def create_train_loader(
         batch_size: int,
         seed: int = 0,
         workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        shard: Shard = Shard(),
         accumulate: int = 1,
         pin_memory: bool = False,
 ) -> DataLoader:
@@ -31,7 +31,7 @@ def create_train_loader(
     split.transform, split.seed = transform, seed
     return DataLoader(
         split,
-        batch_sampler=EpochBatches(len(split), batch_size, seed, rank, world_size, accumulate),
+        batch_sampler=EpochBatches(len(split), batch_size, seed, shard, accumulate),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
@@ -44,8 +44,7 @@ def create_eval_loader(
         transform: Callable,
         batch_size: int,
         workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        shard: Shard = Shard(),
         pin_memory: bool = False,
 ) -> DataLoader:
     """Return a loader of one process's share of a part: every row exactly once over all processes, none padded."""
@@ -53,7 +52,7 @@ def create_eval_loader(
     return DataLoader(
         split,
         batch_size=batch_size,
-        sampler=range(rank, len(split), world_size),
+        sampler=shard.rows(len(split)),
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=keep_worker_alive,

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..data.augment import eval_transform
 from ..data.image_data import ImageData, ImageSplit, load_image_data
+from ..data.source import DataSource
 from ..data.unreadable import find_unreadable, leave_out, list_unreadable
 from ..data.workers import create_eval_loader
 from ..errors import ConfigError, DataError
@@ -127,9 +128,10 @@ def open_network(
     elif not other_classes:
         source['val_fraction'] = 0.  # nothing was learned from these data, so nothing of them has to be held out
     data_config = resolve_data_config(model=model)
-    classes = {} if other_classes else dict(num_classes=model.num_classes, class_names=class_names(model), known=True)
-    data = load_image_data(
-        **source, in_chans=data_config['input_size'][0], skip_unreadable=config.skip_unreadable, **classes)
+    classes = {} if other_classes else dict(num_classes=model.num_classes, class_names=class_names(model))
+    images = DataSource(
+        in_chans=data_config['input_size'][0], skip_unreadable=config.skip_unreadable, **source, **classes)
+    data = load_image_data(images, known=not other_classes)
     for line in data.described():
         print(line, file=sys.stderr)
     return TrainedNetwork(model.to(config.device), data, data_config, config)

@@ -18,7 +18,7 @@ from timm.data import resolve_data_config
 from ..config import TrainConfig
 from ..data.augment import eval_transform
 from ..data.image_data import ImageData
-from ..data.loaders import leave_out_unreadable, open_data
+from ..data.loaders import leave_out_unreadable, open_data, shard_of
 from ..data.workers import create_eval_loader
 from ..errors import ConfigError
 from ..evaluation.plots import plot_generations
@@ -183,8 +183,7 @@ class _Lineage:
                 split,
                 eval_transform(resolve_data_config(model=model)),
                 max(1, self.config.batch_size // self.accelerator.num_processes),
-                rank=self.accelerator.process_index,
-                world_size=self.accelerator.num_processes,
+                shard=shard_of(self.accelerator),
             )
             with self.accelerator.autocast():
                 logits, target = collect_logits(model, loader, self.accelerator.device)
