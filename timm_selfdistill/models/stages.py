@@ -6,13 +6,11 @@ from typing import Callable, List, Sequence, Tuple, Union
 import torch
 import torch.nn as nn
 from timm.models import get_model_input_config
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .names import model_name, times
-from .probe import _GRID_FROM_VALUES, count_macs, feature_dicts, meta_copy, take_taps
+from .probe import _GRID_FROM_VALUES, MacCounter, ShortLSTMs, count_macs, feature_dicts, meta_copy, take_taps
 
 __all__ = ['ExitSpec', 'Stage', 'choose_exits', 'find_stages']
 
@@ -87,17 +85,18 @@ def _measure(model: nn.Module, x: torch.Tensor) -> Tuple[Stage, ...]:
     """Run a copy of a model on one image (1, C, H, W) of the meta device; see `find_stages`."""
     probe = meta_copy(model)
     infos = feature_dicts(model)
-    try:
-        take_taps(probe, x, [0])
-    except RuntimeError as error:
-        if 'meta tensors' not in str(error):
-            raise
-        _GRID_FROM_VALUES.add(type(model))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, _AgeTracker(counter) as tracker:
-        final, taps = take_taps(probe, x, range(len(infos)), with_final=True)
+    with torch.no_grad(), ShortLSTMs(), _AgeTracker() as tracker:
+        try:
+            final, taps = take_taps(probe, x, range(len(infos)), with_final=True)
+        except RuntimeError as error:
+            if 'meta tensors' not in str(error):
+                raise
+            _GRID_FROM_VALUES.add(type(model))
+            tracker.flops = 0
+            final, taps = take_taps(probe, x, range(len(infos)), with_final=True)
         if hasattr(probe, 'get_classifier'):  # encoders have none, and refuse forward_head()
             probe.forward_head(final)
-    total = counter.get_total_flops() // 2
+    total = tracker.macs
     if len({tap.shape[-2:] for tap in taps}) == 1:
         # One block after the other: what had run when a map came into being is what a run that ends there does.
         macs_upto = [tracker.ages[tap] // 2 for tap in taps]
@@ -117,25 +116,21 @@ def _measure(model: nn.Module, x: torch.Tensor) -> Tuple[Stage, ...]:
     )
 
 
-class _AgeTracker(TorchDispatchMode):
+class _AgeTracker(MacCounter):
     """Notes for every tensor how many operations had been counted when its values came into being.
 
     Views, norms and whatever else costs nothing counted are as old as what they were made of: networks often normalise
     and reshape the maps of all their blocks only at the very end.
-
-    Args:
-        counter: Counts the operations; entered before this one.
     """
 
-    def __init__(self, counter: FlopCounterMode):
+    def __init__(self):
         super().__init__()
-        self.counter = counter
         self.ages = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = self.counter.get_total_flops()
-        out = func(*args, **(kwargs or {}))
-        age = self.counter.get_total_flops()
+        before = self.flops
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        age = self.flops
         if age == before:
             made_of = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             age = max((self.ages.get(t, 0) for t in made_of), default=0)
