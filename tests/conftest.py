@@ -22,7 +22,8 @@ datasets.disable_progress_bars()
 
 def pytest_collection_modifyitems(items):
     """Begin with the files that have most of the slow tests, so that all worker processes end at about one time."""
-    slow = collections.Counter(item.path for item in items if item.get_closest_marker('slow'))
+    marks = ('slow', 'models', 'faults')
+    slow = collections.Counter(item.path for item in items if any(map(item.get_closest_marker, marks)))
     items.sort(key=lambda item: -slow[item.path])
 
 

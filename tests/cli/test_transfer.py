@@ -51,6 +51,7 @@ def test_features_carry_over_to_data_with_other_classes(run, stripes, tmp_path, 
     assert 'linear classifier on frozen features' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_generations_are_taken_in_order(run, tmp_path, monkeypatch):
     for number in (0, 1):
         shutil.copytree(run, tmp_path / 'family' / f'generation{number}')

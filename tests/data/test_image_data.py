@@ -159,6 +159,7 @@ def test_an_unreadable_image_is_named_by_its_row(tmp_path, workers):
         list(create_eval_loader(data.train, eval_transform(CONFIG), 4, workers=workers))
 
 
+@pytest.mark.slow
 @given(
     length=st.integers(8, 200), per_rank=st.integers(1, 4), ranks=st.integers(1, 2), seed=st.integers(0, 2 ** 31),
     epoch=st.integers(0, 500),

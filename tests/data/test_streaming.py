@@ -312,6 +312,7 @@ def labels_met(part):
     return {int(image[0, 0, 0]) % 3: label for image, label in items}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bad, workers, message', [
     (3, 0, 'Label 3 in example 2 of shard 1 of the train part is out of range: expected 0 to 2'),
     (-1, 1, 'Label -1 in example 2 of shard 1 of the train part'),

@@ -416,6 +416,7 @@ BLOATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='counts memory as Linux does')
 def test_no_config_or_header_takes_much_memory_or_time(good, tmp_path):
     words = {}

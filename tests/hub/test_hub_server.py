@@ -221,6 +221,7 @@ def test_the_client_does_not_notice_a_changed_byte(hub, client):
     assert len(data) == len(WEIGHTS) and sum(a != b for a, b in zip(data, WEIGHTS)) == 1
 
 
+@pytest.mark.slow
 def test_an_upload_outlives_what_passes_and_a_wrong_object_is_not_committed(hub, client, folder):
     hub.put('org/net', {'a.txt': b'a'})
     hub.fault('PUT', '/lfs/', times=2, status=503)

@@ -77,6 +77,7 @@ def package(monkeypatch, run, name, output):
     runpy.run_path(str(script), run_name='__main__')
 
 
+@pytest.mark.slow
 def test_a_run_is_packaged_as_it_is_measured(run, monkeypatch, tmp_path):
     before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
     package(monkeypatch, run, 'test_resnet_sd.byot_digits', tmp_path)

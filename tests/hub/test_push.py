@@ -97,6 +97,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_what_is_pushed_is_pulled_by_a_fresh_process(run, hub, published, tmp_path):
     environment = dict(hub.env(tmp_path / 'home', 'hf_writer'), TIMM_SELFDISTILL_ORG='org')
     commit = hub.commits('org/test_resnet_sd')[-1]
@@ -168,6 +169,7 @@ def test_the_newer_form_of_results_is_what_the_client_reads(hub, published):
     assert huggingface_hub.eval_result_entries_to_yaml([entry]) == data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('repository', ['org/test_resnet_sd', 'org/small'])
 def test_the_snippet_of_a_card_runs_as_pasted(hub, published, repository, tmp_path):
     text = hub.files(repository)['README.md'].decode()

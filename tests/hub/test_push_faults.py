@@ -27,6 +27,8 @@ from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.training.trainer import train
 
 TOKEN, READER = 'hf_SECRETWRITER', 'hf_SECRETREADER'
+pytestmark = pytest.mark.faults
+
 REPO = 'org/test_resnet_sd'
 
 # Reads a command in a line: what to start, answered with the process' number, or which one to ask after, answered with

@@ -296,6 +296,7 @@ def calibrate(monkeypatch, *arguments):
     runpy.run_path(str(RECIPES / 'calibrate.py'), run_name='__main__')
 
 
+@pytest.mark.slow
 def test_the_recipe_leaves_a_run_with_its_rule_and_all_else_as_it_was(run, tmp_path, monkeypatch, capsys):
     before = json.loads((run / 'config.json').read_text())
     weights = (run / 'model.safetensors').stat()

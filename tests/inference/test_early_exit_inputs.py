@@ -103,6 +103,7 @@ def test_half_precision_is_judged_in_float32(criterion, ensemble):
     assert follow_rule(rule, [z.double() for z in logits])[0].dtype == torch.double
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.half])
 @pytest.mark.parametrize('criterion, ensemble', [('confidence', False), ('margin', True), ('entropy', False)])
 def test_the_shares_that_calibration_promised_are_those_that_run(model, dtype, criterion, ensemble):
@@ -134,6 +135,7 @@ def test_images_are_taken_to_the_precision_of_the_network(model, images):
 # -- what is saved ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, kwargs', [
     ('test_resnet_sd', dict(num_classes=7, in_chans=1)),
     ('test_vit_sd', dict(num_classes=7, img_size=(32, 64), exit_head='cascade')),

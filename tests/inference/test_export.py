@@ -147,6 +147,7 @@ def test_a_cascade_passes_the_logits_of_an_exit_on(tmp_path):
     assert_stages_follow_the_rule(model, StagedSession(tmp_path / 'staged'))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_torch_export_needs_nothing_but_torch(network, tmp_path):
     manifest = export_network(network, tmp_path / 'network', format='torch-export')
@@ -156,6 +157,7 @@ def test_a_torch_export_needs_nothing_but_torch(network, tmp_path):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_stages_as_torch_exports_pass_on_what_the_manifest_names(network, tmp_path):
     manifest = export_network(network, tmp_path / 'staged', staged=True, format='torch-export')
@@ -208,6 +210,7 @@ def test_a_torch_export_does_not_say_where_it_was_made(network, tmp_path):
                 assert str(place).encode() not in archive.read(name), name
 
 
+@pytest.mark.slow
 def test_weights_too_large_for_an_onnx_file_stand_beside_it(network, tmp_path, monkeypatch):
     monkeypatch.setattr(export, '_LARGEST_FILE', 2 ** 16)
     export_network(network, tmp_path / 'network', 0)
@@ -225,6 +228,7 @@ class SubtractMean(nn.Module):
         return x - x.mean()
 
 
+@pytest.mark.slow
 def test_graphs_that_compute_something_else_are_not_kept(tmp_path):
     model = create(exits=(2, 3))
     model.backbone.layer4 = nn.Sequential(model.backbone.layer4, SubtractMean())
@@ -374,6 +378,7 @@ def call(monkeypatch, *arguments):
     runpy.run_path(str(RECIPES / 'export.py'), run_name='__main__')
 
 
+@pytest.mark.slow
 def test_the_recipe_exports_a_run(network, tmp_path, monkeypatch, capsys):
     save_model(network, tmp_path / 'run', dict(input_size=SIZE, crop_pct=0.9), list('abcde'))
     monkeypatch.chdir(tmp_path)

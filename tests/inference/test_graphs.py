@@ -52,6 +52,7 @@ def test_parts_run_one_after_the_other_are_the_whole(name):
     assert_as_a_whole(model, parts, torch.randn(1, 3, 64, 64))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_head_that_takes_the_logits_of_the_exit_before_gets_them():
     model, parts = cut('test_resnet_sd', exits=(1, 2, 3), exit_head='cascade')
@@ -92,6 +93,7 @@ def test_a_network_that_carries_a_mean_over_images_across_a_cut_cannot_be_split(
         split_network(tiny.eval(), torch.randn(3, 3, 64, 64))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_network_that_mixes_images_behind_a_cut_is_noticed_by_leaving_some_out(tiny):
     tiny.backbone.layer4 = nn.Sequential(tiny.backbone.layer4, Subtract())

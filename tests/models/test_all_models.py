@@ -71,7 +71,7 @@ def test_the_table_has_every_name():
     assert sum(not row['exits'] for row in TABLE.values()) <= 2
 
 
-@pytest.mark.slow
+@pytest.mark.models
 @pytest.mark.parametrize('name', smallest_of_each_class())
 def test_one_model_of_every_class(name):
     model = create(name)
@@ -121,7 +121,7 @@ def test_the_table_of_early_exit_has_every_class():
 
 
 @pytest.mark.parametrize('name', [
-    *(pytest.param(name, marks=pytest.mark.slow) for name in smallest_of_each_class()[4::16]),
+    *(pytest.param(name, marks=pytest.mark.models) for name in smallest_of_each_class()[4::16]),
     *(pytest.param(name, marks=pytest.mark.sweep) for name in smallest_of_each_class()),
 ])
 def test_images_leave_as_the_table_says(name):
@@ -146,7 +146,7 @@ def check(rows):
             assert (row['exits'], row['params_added']) == (committed['exits'], committed['params_added']), row['name']
 
 
-@pytest.mark.slow
+@pytest.mark.models
 def test_a_spread_of_the_sweep(tmp_path):
     rows, said = sweep(tmp_path, '--every', '90')
     assert len(rows) >= 16

@@ -91,6 +91,7 @@ def test_every_kind_of_head_ends_a_network(any_head):
     assert [z.shape for z in model.forward_exits(x)] == [(2, 4)] * model.num_exits
 
 
+@pytest.mark.slow
 def test_every_kind_of_head_is_saved_and_loaded(any_head, tmp_path):
     model = any_head
     x = images_for(model)
@@ -266,6 +267,7 @@ def test_no_auxiliary_exits_is_a_plain_network():
     assert torch.equal(model.forward_exits(x)[0], model(x))
 
 
+@pytest.mark.slow
 def test_an_encoder_gets_a_classifier():
     encoder = timm.create_model('mobilenetv5_300m_enc', device='meta')
     model = add_exits(encoder, num_classes=6)
@@ -368,6 +370,7 @@ def test_every_name_of_timm_is_registered():
     assert {f'{n}_sd' for n in plain} == {n for n in names if n.endswith('_sd')}
 
 
+@pytest.mark.slow
 def test_importing_is_cheap():
     heavy = ('accelerate', 'datasets', 'sklearn', 'matplotlib', 'rich', 'timm.task', 'tyro', 'yaml')
     code = (

@@ -152,6 +152,7 @@ def test_the_image_size_can_be_chosen_where_the_network_has_one():
     assert not hasattr(timm.create_model('test_resnet_sd'), 'set_input_size')
 
 
+@pytest.mark.slow
 def test_it_compiles_whole(create):
     model = create(num_classes=3).eval()
     x = images_for(model)

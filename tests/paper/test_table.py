@@ -116,6 +116,7 @@ def test_half_a_line_is_named(table, tmp_path):
         table['read_runs'](tmp_path / 'r')
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_draws(tmp_path):
     path = write(
         tmp_path / 'r', row('resnet18_plain', 0, [70.]), row('resnet18_byot', 0, [60., 65., 70., 75.], 76.),

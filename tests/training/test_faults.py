@@ -125,7 +125,7 @@ def await_checkpoint(process, folder, step, seconds=120):
 
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_with_status_75(data, whole, tmp_path, capfd, name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
@@ -160,7 +160,7 @@ def flip_a_bit(checkpoint):
     (lambda checkpoint: (checkpoint / 'about.json').unlink(), 'about.json cannot be read: No such file or directory'),
     (lambda checkpoint: (checkpoint / 'about.json').write_text('{"si'), 'about.json cannot be read'),
 ], ids=['truncated', 'bit', 'missing', 'json'])
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(data, whole, copy, capfd, damage, message):
     assert checkpoints(copy) == ['step5', 'step6']
     damage(copy / 'checkpoints' / 'step6')
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(data, whole,
     assert_equal(copy, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_without_any_good_checkpoint_a_run_begins_anew(data, whole, copy, capfd):
     for checkpoint in (copy / 'checkpoints').iterdir():
         truncate(checkpoint)
@@ -211,7 +211,7 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_checkpoint_that_cannot_be_written_is_told_of_and_training_goes_on(data, whole, copy, capfd):
     kept = {name: (copy / 'checkpoints' / name / 'state.pt').read_bytes() for name in ('step5', 'step6')}
     with largest_file(4_000_000):  # weights have 2.5 million bytes, checkpoints 5
@@ -227,7 +227,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of_and_training_goes_on(dat
     assert_equal(copy, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_weights_that_cannot_be_written_end_the_run_but_not_for_good(data, whole, copy, capfd):
     weights = (copy / 'model.safetensors').read_bytes()
     with largest_file(1_000_000):
@@ -248,7 +248,7 @@ def end_workers(number):
             time.sleep(0.2)  # what then happens shall happen amid the step
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_killed_worker_ends_the_run_between_two_steps(data, whole, tmp_path, capfd):
     with before_step(2, lambda run: end_workers(signal.SIGKILL)):
         status, message = fail(capfd, lambda: train(settings(data, tmp_path, workers=1, checkpoint_every=None)))
@@ -262,14 +262,14 @@ def test_a_killed_worker_ends_the_run_between_two_steps(data, whole, tmp_path, c
     assert_equal(tmp_path / 'run', whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_sigterm_to_its_workers_does_not_disturb_a_run(data, whole, tmp_path):
     with before_step(1, lambda run: end_workers(signal.SIGTERM)):
         train(settings(data, tmp_path, workers=1))
     assert_equal(tmp_path / 'run', whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_sigterm_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_75(data, whole, tmp_path):
     process = subprocess.Popen(
         command(settings(data, tmp_path, workers=1)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -287,7 +287,7 @@ def test_sigterm_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-@pytest.mark.slow
+@pytest.mark.faults
 def test_an_unreadable_image_amid_an_epoch_is_named_and_can_be_repaired(data, whole, tmp_path, capfd, workers):
     folder = Path(shutil.copytree(data, tmp_path / 'set'))
     train_part = load_image_data(DataSource(data_dir=str(folder), label_column='fine', val_fraction=0.2)).train
@@ -310,7 +310,7 @@ def test_an_unreadable_image_amid_an_epoch_is_named_and_can_be_repaired(data, wh
     assert_equal(tmp_path / 'run', whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_checkpoints_hold_finite_numbers_when_the_loss_does_not(data, tmp_path):
     def spoil(run):
         for group in run.setup.optimizer.param_groups:
@@ -330,7 +330,7 @@ def test_checkpoints_hold_finite_numbers_when_the_loss_does_not(data, tmp_path):
         assert all(v.isfinite().all() for v in numbers if torch.is_tensor(v)), number
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_no_checkpoint_holds_weights_that_are_not_finite(data, whole, tmp_path):
     """A gradient may be bad where no term of the loss is."""
     def spoil(run):
@@ -344,7 +344,7 @@ def test_no_checkpoint_holds_weights_that_are_not_finite(data, whole, tmp_path):
     assert_equal(tmp_path / 'run', whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_disk_that_was_full_for_a_while_costs_nothing(data, whole, tmp_path, capfd):
     original = Keeper.end_epoch
 
@@ -360,7 +360,7 @@ def test_a_disk_that_was_full_for_a_while_costs_nothing(data, whole, tmp_path, c
         assert (tmp_path / 'run' / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_what_fails_amid_the_evaluation_costs_no_epoch(data, whole, tmp_path, capfd):
     def evaluate(*args):
         raise UnreadableImageError('Cannot read the image in row 3 of the validation part: broken')
@@ -374,7 +374,7 @@ def test_what_fails_amid_the_evaluation_costs_no_epoch(data, whole, tmp_path, ca
     assert_equal(tmp_path / 'run', whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_rank_that_dies_takes_the_others_along_within_a_minute(data, tmp_path, monkeypatch):
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
     reference = settings(data, tmp_path / 'whole')

@@ -109,6 +109,7 @@ def test_generations_measure_agreement_and_ensemble_over_all_images(finished, da
         100 * (mean.argmax(1) == target).float().mean().item(), abs=ONE_IMAGE)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_in_the_generation_where_it_stopped(finished, data, tmp_path, monkeypatch):
     config, whole = finished
     original = Loop.train_batch
@@ -138,6 +139,7 @@ def test_a_killed_run_goes_on_in_the_generation_where_it_stopped(finished, data,
     assert rows_of(root) == rows_of(whole)
 
 
+@pytest.mark.slow
 def test_more_generations_can_follow(finished, tmp_path):
     config, whole = finished
     shutil.copytree(whole, tmp_path / 'run')

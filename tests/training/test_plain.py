@@ -73,6 +73,7 @@ def test_it_is_named_as_timm_names_it_and_has_no_ensemble_and_no_top5(plain):
     assert 'timm is all that is needed' in card and 'multi-exit' not in card.split('## Citation')[0]
 
 
+@pytest.mark.slow
 def test_it_is_timms_network_without_this_package_too(plain, tmp_path):
     folder, _ = plain
     assert json.loads((folder / 'config.json').read_text())['architecture'] == 'test_resnet'
@@ -113,6 +114,7 @@ def test_it_is_evaluated_published_and_not_calibrated(plain, tmp_path, monkeypat
     assert (staged / 'model.safetensors').read_bytes() == (folder / 'model.safetensors').read_bytes()
 
 
+@pytest.mark.slow
 def test_it_goes_on_to_the_bit_from_what_an_older_version_left(data, tmp_path, monkeypatch):
     """Whose network has the exits' name and whose summary has columns of an ensemble and of the top 5."""
     whole = train(settings(data, tmp_path, epochs=2, experiment='whole'))
@@ -143,6 +145,7 @@ def test_lines_of_two_versions_stand_in_one_summary(tmp_path):
         'epoch,eval_ensemble_top1,lr,new', '0,3.0,0.1,', '1,,0.2,', '2,,0.3,5']
 
 
+@pytest.mark.slow
 def test_it_teaches_and_is_taught(plain, data, tmp_path):
     folder, _ = plain
     student = train(settings(data, tmp_path, method='kd', teacher=str(folder), experiment='student'))

@@ -55,6 +55,7 @@ def test_a_complete_run_files_its_figures(finished):
     assert row['settings']['lr'] == config.lr
 
 
+@pytest.mark.slow
 def test_a_line_tells_nothing_of_user_machine_and_folders(tmp_path):
     data = write_two_colours(tmp_path)
     teacher = train(TrainConfig(
@@ -110,6 +111,7 @@ def test_a_run_waits_for_another_that_is_writing_and_files_nothing_twice(tmp_pat
     assert [r['recipe'] for r in rows_of(results)] == ['old', 'new']
 
 
+@pytest.mark.slow
 def test_the_time_of_all_sittings_counts_and_that_of_lost_steps_does_not(tmp_path, monkeypatch, ticks):
     results = str(tmp_path / 'rows.jsonl')
     train(resumable(tmp_path, experiment='whole', results=results))
@@ -120,6 +122,7 @@ def test_the_time_of_all_sittings_counts_and_that_of_lost_steps_does_not(tmp_pat
     assert gone_on['hours'] >= whole['hours'] > 24 / 3600
 
 
+@pytest.mark.slow
 def test_where_sittings_are_not_known_no_time_is_claimed(tmp_path, monkeypatch):
     monkeypatch.setattr(records.TimeSheet, 'go_on', lambda sheet, sittings: None)
     interrupted(resumable(tmp_path, results=str(tmp_path / 'rows.jsonl')), monkeypatch, 7, die)
@@ -127,6 +130,7 @@ def test_where_sittings_are_not_known_no_time_is_claimed(tmp_path, monkeypatch):
     assert (row['hours'], row['images_per_second']) == (None, None)
 
 
+@pytest.mark.slow
 def test_sittings_on_different_machines_are_all_named(tmp_path, monkeypatch):
     names = iter(('1 × A', '1 × B'))
     monkeypatch.setattr(records, '_hardware', lambda accelerator: next(names))
@@ -135,6 +139,7 @@ def test_sittings_on_different_machines_are_all_named(tmp_path, monkeypatch):
     assert row['hardware'] == '1 × A, then 1 × B'
 
 
+@pytest.mark.slow
 def test_every_generation_files_a_line_once(tmp_path):
     config = TrainConfig(
         model='test_resnet', method='plain', epochs=1, batch_size=16, generations=1, patriarch='tsd', resume='auto',

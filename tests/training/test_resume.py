@@ -30,11 +30,13 @@ def whole(tmp_path_factory):
     return train(resumable(tmp_path_factory.mktemp('whole')))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('at', [3, 7, STEPS, STEPS + 1, 2 * STEPS - 1])
 def test_going_on_from_a_checkpoint_gives_the_same_bits(whole, tmp_path, monkeypatch, at):
     assert same(interrupted(resumable(tmp_path), monkeypatch, at, die), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_writes_a_checkpoint_after_the_step(whole, tmp_path, monkeypatch, number, capsys):
     config = resumable(tmp_path, checkpoint_every=None)
@@ -44,6 +46,7 @@ def test_a_signal_writes_a_checkpoint_after_the_step(whole, tmp_path, monkeypatc
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.slow
 def test_settings_that_change_nothing_may_change(whole, tmp_path, monkeypatch):
     monkeypatch.setattr('timm_selfdistill.training.keeper._CHECKPOINT_AGE', 0.)
     assert same(interrupted(resumable(tmp_path, checkpoint_every='2'), monkeypatch, 9, die), whole)
@@ -51,19 +54,21 @@ def test_settings_that_change_nothing_may_change(whole, tmp_path, monkeypatch):
     assert kept == ['step22', 'step24']
 
 
+@pytest.mark.slow
 def test_workers_and_accumulated_gradients_go_on_likewise(tmp_path, monkeypatch):
     more = dict(loader='workers', workers=1, grad_accum_steps=2)
     undisturbed = train(resumable(tmp_path / 'a', **more))
     assert same(interrupted(resumable(tmp_path / 'b', **more), monkeypatch, 8, die), undisturbed)
 
 
+@pytest.mark.slow
 def test_an_epoch_that_is_over_begins_no_new_one_when_stopped_at_its_end(whole, tmp_path, monkeypatch):
     at = 2 * STEPS - 1  # the last step of all
     config = resumable(tmp_path, checkpoint_every=None)
     assert same(interrupted(config, monkeypatch, at, lambda: os.kill(os.getpid(), signal.SIGTERM)), whole)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize('processes', [1, 2])
 def test_killed_at_random_moments(processes):
     command = [sys.executable, str(HELPERS / 'kill_resume.py'), '--kills', '3', '--processes', str(processes)]
@@ -72,6 +77,7 @@ def test_killed_at_random_moments(processes):
     assert f'3 kills of {processes} process(es)' in out.stdout
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     ends = []
     for parts in (1, 4):

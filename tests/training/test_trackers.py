@@ -11,6 +11,7 @@ from timm_selfdistill.training.trainer import train
 TINY = dict(model='test_resnet', exits=(2, 3), batch_size=200)
 
 
+@pytest.mark.slow
 def test_tensorboard_follows_a_run_and_goes_on_with_it(tmp_path):
     config = dict(TINY, output=str(tmp_path), experiment='run', report_to=('tensorboard',))
     folder = train(TrainConfig(**config, epochs=2))

@@ -143,6 +143,7 @@ def test_other_methods(tmp_path, method, exits):
     assert 'hint0' not in header
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_network(tmp_path):
     folders = [
         train(TrainConfig(**TINY, seed=seed, output=str(tmp_path), experiment=name))
@@ -224,6 +225,7 @@ def test_model_names():
     assert resolve_model_name('resnet50.a1_in1k') == ('resnet50_sd', 'a1_in1k')
 
 
+@pytest.mark.slow
 def test_grey_images_and_a_fixed_size_model(tmp_path):
     folder = train(TrainConfig(
         model='test_vit', epochs=1, in_chans=1, img_size=64, exits=(1, 3), output=str(tmp_path), batch_size=256))

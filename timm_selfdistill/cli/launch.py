@@ -28,12 +28,10 @@ from ..errors import (
 )
 from ..version import __version__
 
-__all__ = ['ISSUES', 'PREEMPTED', 'as_options', 'run_command']
+__all__ = ['PREEMPTED', 'as_options', 'run_command']
 
 # Exit status after a signal: sysexits.h's EX_TEMPFAIL, "try again later".
 PREEMPTED = 75
-
-ISSUES = 'https://github.com/timm-selfdistill/timm_selfdistill/issues'
 
 # What all processes of a run find out alike; the first one speaks for them.
 _SHARED = (CheckpointError, ConfigError, DataError, HubError, NonFiniteLossError, Preempted)
@@ -129,8 +127,8 @@ def _report(error: BaseException) -> str:
         sentence = as_options(' '.join(line.strip() for line in sentence.splitlines()))
         return sentence if isinstance(error, Preempted) else f'error: {sentence}'
     return (
-        f'This is a fault of timm_selfdistill {__version__}. Please report it at {ISSUES} with the command and all '
-        f'that follows.\n$ {shlex.join(sys.argv)}\n{"".join(traceback.format_exception(error)).rstrip()}'
+        f'This is a fault of timm_selfdistill {__version__}. Please report it where you got it from, with the '
+        f'command and all that follows.\n$ {shlex.join(sys.argv)}\n{"".join(traceback.format_exception(error)).rstrip()}'
     )
 
 
