@@ -82,7 +82,7 @@ def test_paths_of_a_real_run_are_in_none_of_its_published_files(tmp_path, monkey
             f'checkpoint_path={home}/mine.safetensors',
             f"pretrained_cfg_overlay={{'file': '{home}/mine.safetensors', 'crop_pct': 0.9}}"),
         output=str(tmp_path), experiment='run', results=str(tmp_path / 'rows.jsonl'), report_to=('tensorboard',)))
-    assert titles == ['test_resnet_sd on colours, test part'] and len(tracked) == 1
+    assert titles == ['test_resnet_sd on colours, test split'] and len(tracked) == 1
     assert not any(word in json.dumps(tracked) for word in SECRET)
     assert 'annasfolder' in (folder / 'args.yaml').read_text(), 'what the run is gone on with by'
     staged = tmp_path / 'staged'

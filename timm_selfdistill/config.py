@@ -73,7 +73,7 @@ class TrainConfig:
     superclass_column: Optional[str] = _data(None)
     """Column of the superclasses of the labels; with it generations tell how much of them a network knows."""
     val_fraction: float = _data(0.1)
-    """Part of the training data held out for validation where the data set has no such part."""
+    """Share of the training data held out for validation where the data set has no such split."""
     streaming: bool = _data(False)
     """Read the data as they come instead of preparing them on disk first; nothing is held out for validation then."""
     images_per_epoch: Optional[int] = _data(None, at_least=1)
@@ -222,7 +222,7 @@ class TrainConfig:
     """Optimizer steps between checkpoints, as in 500, or minutes, as in 10m. Ends of epochs have one in any case where
     the last is more than a minute old."""
     checkpoint_hist: int = _run(2, at_least=1, kind='cosmetic')
-    """Checkpoints to keep, the newest; the best weights by the validation part are kept beside them."""
+    """Checkpoints to keep, the newest; the best weights by the validation split are kept beside them."""
     report_to: Tuple[str, ...] = _run((), kind='cosmetic')
     """Trackers that follow the run: tensorboard, wandb, trackio, or another one that accelerate knows; all for all
     that are installed."""

@@ -26,7 +26,7 @@ __all__ = [
     'measure_latency', 'time_parts', 'timed_costs', 'write_latency',
 ]
 
-SHARE = "share of the plain network's multiply-adds"
+SHARE = "share of the plain network's MACs"
 
 MS = 'ms'
 
@@ -113,8 +113,8 @@ class ExitCost:
 
     Attributes:
         params: Parameters of the network truncated there.
-        macs: Its multiply-adds for one image.
-        share: Its multiply-adds over those of the plain network.
+        macs: Its MACs for one image.
+        share: Its MACs over those of the plain network.
     """
     params: int
     macs: int
@@ -179,7 +179,7 @@ def _sections(upto: Iterable[float]) -> List[float]:
 
 
 def compute_costs(model: MultiExit, input_size: Optional[Tuple[int, int, int]] = None) -> RunCosts:
-    """Count the multiply-adds of the network's parts, as shares of those of the plain network.
+    """Count the MACs of the network's parts, as shares of those of the plain network.
 
     Args:
         model: The network.

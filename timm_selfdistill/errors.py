@@ -20,7 +20,7 @@ _LONGEST = 400
 
 
 def counted(number: int, noun: str) -> str:
-    """Write a number of things for a message.
+    """Return a number of things as a message says it.
 
     >>> counted(1, 'image'), counted(1200, 'image')
     ('1 image', '1,200 images')
@@ -56,7 +56,7 @@ class ConfigError(UserError, ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Word a hint at the names closest to a mistyped one; empty if none comes close."""
+    """Return a hint at the names closest to a mistyped one; empty if none comes close."""
     close = difflib.get_close_matches(name, list(known), n=5)
     return f'; the nearest names are {", ".join(close)}' if close else ''
 

@@ -241,7 +241,7 @@ def weigh_exits(kind: str, shares: Sequence[float], progress: float = 1.0) -> Li
             `ramp`: from 0.01 at the start of training to the exit's share at its end, after Shallow-Deep Networks
             (Kaya et al., ICML 2019, arXiv 1810.07052). `equilibrium`: each 1; it is the gradients in the network that
             are scaled, see `tasks.SelfDistillationModule`.
-        shares: Of each auxiliary exit, the part of the network's multiply-adds that has run, 0 to 1.
+        shares: Of each auxiliary exit, the part of the network's MACs that has run, 0 to 1.
         progress: Part of the training that is done, 0 to 1.
 
     Raises:

@@ -25,7 +25,7 @@ def ensemble_logits(
         by: Literal['logits', 'probabilities'] = 'logits',
         weights: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Let all exits decide together.
+    """Compute what all exits decide together.
 
     Args:
         logits: One tensor (N, num_classes) an exit.
@@ -152,7 +152,7 @@ def evaluate_exits(
     Args:
         model: The network; evaluated in eval mode and left in the mode it was in.
         batches: Images (N, C, H, W) and labels (N,). Where several processes share the work, each gives its own
-            part, no image twice.
+            share, no image twice.
         device: Where to compute.
         distributed: Sum the counts over all processes.
         ensemble: Makes the ensemble's logits (N, num_classes) of the list of all exits'.
@@ -192,7 +192,7 @@ def collect_logits(
         batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
         device: Optional[torch.device] = None,
 ) -> Tuple[List[torch.Tensor], torch.Tensor]:
-    """Gather the logits of every exit over a part of the data.
+    """Gather the logits of every exit over a split of the data.
 
     Args:
         model: The network, on `device`; run in eval mode and left in the mode it was in.
@@ -222,7 +222,7 @@ def exit_table(
         metrics: Dict[str, Dict[str, Any]],
         costs: Dict[str, ExitCost],
 ) -> List[Dict[str, Any]]:
-    """Join what `exit_costs` and `evaluate_exits` return: one dict an exit, the ensemble last.
+    """Return what `exit_costs` and `evaluate_exits` return: one dict an exit, the ensemble last.
 
     Besides their fields a dict has `exit`, the exit's name, and `stage`, timm's name of the place it stands after.
     """

@@ -130,7 +130,7 @@ def register_all() -> None:
 
 
 def register_pretrained(name: str, source: Optional[str] = None, **cfg: Any) -> None:
-    """Let `timm.create_model(name, pretrained=True)` find weights, and `timm.list_pretrained` list them.
+    """Register weights, so that `timm.create_model(name, pretrained=True)` finds and `timm.list_pretrained` lists them.
 
     The first weights of a network are also what its name without a tag gives; those registered without a tag are
     so in any case.

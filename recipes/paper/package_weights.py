@@ -40,7 +40,7 @@ class PackageConfig:
     name: str
     """What timm.create_model will take: resnet20_cifar_sd.byot_cifar100."""
     budget: float
-    """Multiply-adds that an image may take in the mean, as a share of the plain network's, for the thresholds."""
+    """MACs that an image may take on average, as a share of the plain network's, for the thresholds."""
     dataset: Optional[str] = None
     """Hub id of the data set, for the card."""
     output: str = str(Path(timm_selfdistill.__file__).parent / 'weights')
@@ -71,12 +71,12 @@ def main() -> None:
         halve(work / WEIGHTS_NAME)
         network = open_network(str(work), EvaluationConfig())
         costs, results = exit_costs(network.model), {}
-        for name, split in network.data.parts().items():
+        for name, split in network.data.splits().items():
             if name != 'train':
                 measured = evaluate_exits(network.model, network.batches(split), network.device)
                 results[name] = exit_table(network.model, measured, costs)
         split, rows = list(results.items())[-1]
-        title = f'{network.model.pretrained_cfg["architecture"]} on {network.data.name}, {split} part'
+        title = f'{network.model.pretrained_cfg["architecture"]} on {network.data.name}, {split} split'
         plot_accuracy_against_compute(rows, title, work / 'accuracy_vs_compute.png')
         (work / 'results.json').write_text(json.dumps(results, indent=2), encoding='utf-8')
         record = json.loads((work / RECORD).read_text(encoding='utf-8'))

@@ -122,7 +122,7 @@ def test_settings_that_cannot_be_used_are_named(benchmark, arguments, word):
 def test_a_run_that_held_nothing_out_is_refused(run, benchmark):
     args = run / 'args.yaml'
     args.write_text(args.read_text().replace('val_fraction: 0.4', 'val_fraction: 0.0'))
-    with pytest.raises(DataError, match='no validation part'):
+    with pytest.raises(DataError, match='no validation split'):
         benchmark()
 
 

@@ -280,7 +280,7 @@ def test_anything_unforeseen_is_a_fault_of_the_package_above_its_traceback(capfd
     status, err = fail(capfd, error, ['recipes/evaluate.py', '--checkpoint', 'a b'])
     assert status == 2
     lines = err.splitlines()
-    assert re.match(r'This is a fault of timm_selfdistill .* report it where you got it from, with the command', lines[0])
+    assert re.match(r'This is a fault of timm_selfdistill .* report it where you got it from, with the comm', lines[0])
     assert lines[1] == "$ recipes/evaluate.py --checkpoint 'a b'"
     assert lines[2] == 'Traceback (most recent call last):'
 

@@ -65,7 +65,7 @@ def test_transfer_asks_for_data_and_for_a_test_part(run, stripes, tmp_path, monk
     shutil.copy(stripes / 'train-00000-of-00001.parquet', tmp_path)
     for arguments, message in (
         ([], '--dataset, --data-dir: pass one of them'),
-        (['--data-dir', tmp_path], 'a test part is needed too'),
+        (['--data-dir', tmp_path], 'a test split is needed too'),
     ):
         with pytest.raises(SystemExit) as stopped:
             transfer(monkeypatch, '--checkpoint', run, *arguments)

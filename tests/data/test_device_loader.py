@@ -284,7 +284,7 @@ def test_unreadable_images_are_named(tmp_path, large, workers):
     images = [dict(bytes=image_bytes(image), path=None) for image in noise_images(20)]
     images[13]['bytes'] = b'no image'
     split = make_split(images).select(np.arange(5, 20), 'part')
-    with pytest.raises(UnreadableImageError, match='row 13 of the train part'):
+    with pytest.raises(UnreadableImageError, match='row 13 of the train split'):
         decode_split(split, CONFIG, workers=workers, cache_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -62,7 +62,7 @@ def test_digits_are_fixed_and_every_scan_is_used_once(digits):
 def test_parquet_files_and_a_held_out_part(tmp_path):
     folder = write_parquet(tmp_path / 'set', train=make_table([0, 1, 2] * 20), test=make_table([0, 1, 2]))
     data = load_image_data(DataSource(data_dir=folder, val_fraction=0.2))
-    assert {k: len(v) for k, v in data.parts().items()} == dict(train=48, validation=12, test=3)
+    assert {k: len(v) for k, v in data.splits().items()} == dict(train=48, validation=12, test=3)
     assert np.bincount(data.validation.labels).tolist() == [4, 4, 4]
     assert (data.num_classes, data.label_names, data.image_size) == (3, NAMES, (32, 32))
     assert data.mirrored
@@ -81,11 +81,11 @@ def test_image_folders_and_saved_data_sets(tmp_path):
             for i, image in enumerate(noise_images(count)):
                 image.save(folder / f'{i}.png')
     data = load_image_data(DataSource(data_dir=str(tmp_path / 'images')))
-    assert {k: len(v) for k, v in data.parts().items()} == dict(train=18, validation=6)
+    assert {k: len(v) for k, v in data.splits().items()} == dict(train=18, validation=6)
     assert data.label_names == NAMES
     datasets.DatasetDict(train=make_table([0, 1] * 10)).save_to_disk(tmp_path / 'saved')
     data = load_image_data(DataSource(data_dir=str(tmp_path / 'saved')))
-    assert {k: len(v) for k, v in data.parts().items()} == dict(train=18, validation=2)
+    assert {k: len(v) for k, v in data.splits().items()} == dict(train=18, validation=2)
 
 
 def test_a_column_must_be_chosen_where_two_could_be_meant(tmp_path):
@@ -109,7 +109,7 @@ def test_missing_columns_parts_and_folders_are_named(tmp_path):
     with pytest.raises(DataError, match='b has no image column, which holds images; its columns are: label'):
         load_image_data(DataSource(data_dir=folder))
     folder = write_parquet(tmp_path / 'c', test=make_table([0, 1] * 5))
-    with pytest.raises(DataError, match='c has no part named train; its parts are: test'):
+    with pytest.raises(DataError, match='c has no split named train; its splits are: test'):
         load_image_data(DataSource(data_dir=folder))
     with pytest.raises(DataError, match='`data_dir=.*nowhere`: no such folder'):
         load_image_data(DataSource(data_dir=str(tmp_path / 'nowhere')))
@@ -130,13 +130,13 @@ def integer_table(labels):
 
 def test_labels_out_of_range_are_named_by_row(tmp_path):
     folder = write_parquet(tmp_path / 'a', train=integer_table([0, 1, 2, 1]), test=integer_table([0, 2, 3, 5]))
-    with pytest.raises(DataError, match=r'Label 3 in row 2 of the test part is out of range: expected 0 to 2 \(2 such'):
+    with pytest.raises(DataError, match=r'Label 3 in row 2 of the test split is out of range: expected 0 to 2'):
         load_image_data(DataSource(data_dir=folder))
     folder = write_parquet(tmp_path / 'b', train=integer_table([0, 1, -1, 1]))
-    with pytest.raises(DataError, match='Label -1 in row 2 of the train part'):
+    with pytest.raises(DataError, match='Label -1 in row 2 of the train split'):
         load_image_data(DataSource(data_dir=folder))
     folder = write_parquet(tmp_path / 'c', train=integer_table([0, 1, None, 1]))
-    with pytest.raises(DataError, match='no label in row 2 of the train part'):
+    with pytest.raises(DataError, match='no label in row 2 of the train split'):
         load_image_data(DataSource(data_dir=folder))
     folder = write_parquet(tmp_path / 'd', train=integer_table([0, 1] * 10), test=integer_table([-1, -1]))
     assert load_image_data(DataSource(data_dir=folder)).test is None  # withheld labels, as the Hub marks them
@@ -153,9 +153,9 @@ def test_an_unreadable_image_is_named_by_its_row(tmp_path, workers):
     table = table.map(damage, with_indices=True, features=table.features).cast_column('img', datasets.Image())
     data = load_image_data(DataSource(data_dir=write_parquet(tmp_path, train=table), val_fraction=0.))
     for row in (7, 9):
-        with pytest.raises(DataError, match=f'Cannot read the image in row {row} of the train part'):
+        with pytest.raises(DataError, match=f'Cannot read the image in row {row} of the train split'):
             data.train.image(row)
-    with pytest.raises(DataError, match='Cannot read the image in row 7 of the train part'):
+    with pytest.raises(DataError, match='Cannot read the image in row 7 of the train split'):
         list(create_eval_loader(data.train, eval_transform(CONFIG), 4, workers=workers))
 
 

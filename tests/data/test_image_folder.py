@@ -58,7 +58,7 @@ def test_splits_are_told_by_the_names_that_people_use(tmp_path, train, validatio
     write(tmp_path, *many(f'{train}/a/{{}}.png', 3), f'{train}/b/0.png', f'{validation}/a/0.png', f'{test}/b/0.png')
     assert read(tmp_path) == (dict(train=dict(a=3, b=1), validation=dict(a=1), test=dict(b=1)), [])
     data = load_image_data(DataSource(data_dir=str(tmp_path)))
-    assert {name: len(split) for name, split in data.parts().items()} == dict(train=4, validation=1, test=1)
+    assert {name: len(split) for name, split in data.splits().items()} == dict(train=4, validation=1, test=1)
     assert data.test.labels.tolist() == [1]
 
 
@@ -77,7 +77,7 @@ def test_a_class_holds_everything_under_it(tmp_path):
 def test_any_name_of_a_folder_is_legal(tmp_path, name):
     write(tmp_path / name, f'train/{name}/[1].png', 'train/other/*.png', f'test/{name}/1.png')
     data = load_image_data(DataSource(data_dir=str(tmp_path / name), val_fraction=0.))
-    assert {split: len(part) for split, part in data.parts().items()} == dict(train=2, test=1)
+    assert {split: len(part) for split, part in data.splits().items()} == dict(train=2, test=1)
     assert sorted(data.label_names) == sorted([name, 'other'])
 
 

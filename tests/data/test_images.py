@@ -38,14 +38,14 @@ def encode(image, kind='PNG', **options):
 
 
 def decode(data, mode='RGB'):
-    return decode_image(dict(bytes=data, path=None), mode, 'in row 3 of the train part')
+    return decode_image(dict(bytes=data, path=None), mode, 'in row 3 of the train split')
 
 
 def refusal(data):
     with pytest.raises(UnreadableImageError) as e:
         decode(data)
     message = str(e.value)
-    assert message.startswith('Cannot read the image in row 3 of the train part: ')
+    assert message.startswith('Cannot read the image in row 3 of the train split: ')
     assert message.endswith('. Repair it, or leave it out by starting anew with `skip_unreadable`.')
     assert len(message.splitlines()) == 1 and '0x' not in message
     return e.value.reason

@@ -76,7 +76,7 @@ def test_gaps_in_whole_numbers_are_said(tmp_path, labels, note):
     (datasets.List(datasets.Value('int64')), [[1, 0], [0, 1]], 'holds a list for each image, as one-hot'),
     (datasets.List(datasets.Value('float32'), length=3), [[1, 0, 0], [0, 0, 1]], 'one-hot.*argmax gives it'),
     (datasets.Value('float64'), [0., 0.5], 'holds 0.5: expected whole numbers'),
-    (datasets.Value('float64'), [0., float('nan'), 1.], 'There is no label in row 1 of the train part'),
+    (datasets.Value('float64'), [0., float('nan'), 1.], 'There is no label in row 1 of the train split'),
     (datasets.Value('string'), ['a', '', 'b'], 'There is no label in row 1'),
     (datasets.Value('string'), ['a', 'b', None], 'There is no label in row 2'),
     (datasets.Value('bool'), [None, True], 'There is no label in row 0'),
@@ -124,18 +124,18 @@ def test_splits_of_files_and_saved_data_sets_are_told_by_the_usual_names(tmp_pat
     write(tmp_path / 'files', label, **{
         'Train-00000-of-00001': [0, 1], 'Valid': [1], 'TESTING_0': [0, 0, 1], 'latest': [0] * 5})
     data = read(tmp_path / 'files')
-    assert {name: len(split) for name, split in data.parts().items()} == dict(train=2, validation=1, test=3)
+    assert {name: len(split) for name, split in data.splits().items()} == dict(train=2, validation=1, test=3)
     assert any('latest.parquet' in note for note in data.notes)
     write(tmp_path / 'folders' / 'plain' / 'Dev', label, **{'0000': [1, 1]})
     write(tmp_path / 'folders' / 'plain' / 'training', label, **{'0000': [0, 1], '0001': [0, 1]})
     data = read(tmp_path / 'folders')
-    assert {name: len(split) for name, split in data.parts().items()} == dict(train=4, validation=2)
+    assert {name: len(split) for name, split in data.splits().items()} == dict(train=4, validation=2)
     table = datasets.Dataset.from_parquet(str(tmp_path / 'files' / 'Valid.parquet'))
     both = datasets.concatenate_datasets([table, datasets.Dataset.from_parquet(str(tmp_path / 'files/latest.parquet'))])
     saved = tmp_path / 'saved [v1]'
     datasets.DatasetDict({'Training': both, 'dev': table, 'EVALUATE': table, 'Test': table}).save_to_disk(saved)
     data = read(saved)
-    assert {name: len(split) for name, split in data.parts().items()} == dict(train=6, validation=1, test=1)
+    assert {name: len(split) for name, split in data.splits().items()} == dict(train=6, validation=1, test=1)
     assert any('left aside: EVALUATE' in note for note in data.notes)
     datasets.DatasetDict({'train': both, 'Training': both}).save_to_disk(tmp_path / 'twice')
     with pytest.raises(DataError, match='train and Training both mean the train split'):
@@ -149,16 +149,16 @@ def test_splits_without_labels_or_images_are_named(tmp_path):
     folder = write(tmp_path / 'a', class_label('ab'), train=[0, 1])
     table = datasets.Dataset.from_parquet(f'{folder}/train.parquet')
     datasets.DatasetDict(train=table, test=table.remove_columns('label')).save_to_disk(tmp_path / 'b')
-    with pytest.raises(DataError, match='The test part of b has no column label .*; its columns are: img. Give it'):
+    with pytest.raises(DataError, match='The test split of b has no column label .*; its columns are: img. Give it'):
         read(tmp_path / 'b')
     datasets.DatasetDict(train=table, valid=table.select([])).save_to_disk(tmp_path / 'c')
     with pytest.raises(DataError, match='The valid part of .*/c is empty. Give it images, or remove it'):
         read(tmp_path / 'c')
     write(tmp_path / 'p', class_label('ab'), train=[0, 1], Testing=[])
-    with pytest.raises(DataError, match='The test part of .*/p is empty. Give it images, or remove it'):
+    with pytest.raises(DataError, match='The test split of .*/p is empty. Give it images, or remove it'):
         read(tmp_path / 'p')
     datasets.DatasetDict(train=table, test=table.rename_column('img', 'x')).save_to_disk(tmp_path / 'd')
-    with pytest.raises(DataError, match='The test part of d has no column img for its images'):
+    with pytest.raises(DataError, match='The test split of d has no column img for its images'):
         read(tmp_path / 'd')
     (tmp_path / 'c' / 'dataset_dict.json').write_text('{"splits"')
     with pytest.raises(DataError, match=r'`data_dir=.*/c` \(read as saved data set\): '):
@@ -190,7 +190,7 @@ def test_splits_may_list_the_names_in_different_orders(tmp_path):
 def test_names_that_the_training_split_lacks_are_listed(tmp_path):
     write(tmp_path, class_label(NAMES[:3]), train=[0, 1, 2])
     write(tmp_path, class_label(NAMES), test=[0, 3, 4, 4])
-    with pytest.raises(DataError, match=r'The test part of .* has classes that the train part does not know: '
+    with pytest.raises(DataError, match=r'The test split of .* has classes that the train split does not know: '
                                         r'lion \(1 image\), rose \(2 images\). It knows: apple, bus, castle'):
         read(tmp_path)
     write(tmp_path, class_label(NAMES), test=[0, 2])  # names without an image do no harm
@@ -210,7 +210,7 @@ def test_labels_get_the_numbers_of_the_network(tmp_path):
     assert data.test.labels.tolist() == [3, 4]
     assert any('have no names and are taken to count the classes' in note for note in data.notes)
     folder = write(tmp_path / 'far', datasets.Value('int64'), test=[3, 5])
-    with pytest.raises(DataError, match='Label 5 in row 1 of the test part is out of range: expected 0 to 4'):
+    with pytest.raises(DataError, match='Label 5 in row 1 of the test split is out of range: expected 0 to 4'):
         read(folder, **known)
     folder = write(tmp_path / 'numerals', datasets.Value('int64'), test=[30, 10])
     assert read(folder, num_classes=3, class_names=['10', '20', '30'], known=True).test.labels.tolist() == [2, 0]

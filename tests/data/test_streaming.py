@@ -215,7 +215,7 @@ def test_parquet_files_tell_their_length_and_classes(tmp_path):
     write_shards(tmp_path / 'set', FEW)
     folder = write_shards(tmp_path / 'set', (4, 5), part='test')
     data = load_streamed_data(DataSource(data_dir=folder, in_chans=1))
-    assert {name: len(part) for name, part in data.parts().items()} == dict(train=60, test=9)  # nothing is held out
+    assert {name: len(part) for name, part in data.splits().items()} == dict(train=60, test=9)  # nothing is held out
     assert (data.name, data.num_classes, data.label_names) == ('set', 3, ['ant', 'bee', 'cat'])
     assert data.image_size == (4, 4)
     assert data.mirrored
@@ -267,7 +267,7 @@ def test_saved_data_sets_and_digits(tmp_path):
     datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=FEATURES)).save_to_disk(tmp_path / 'saved')
     assert len(load_streamed_data(DataSource(data_dir=str(tmp_path / 'saved'))).train) == 20
     data = load_streamed_data()
-    assert {name: len(part) for name, part in data.parts().items()} == dict(train=1250, validation=183, test=364)
+    assert {name: len(part) for name, part in data.splits().items()} == dict(train=1250, validation=183, test=364)
     assert not data.mirrored
 
 
@@ -302,7 +302,7 @@ def test_texts_and_labels_of_another_order_are_matched_by_name(tmp_path):
     known = load_streamed_data(DataSource(data_dir=folder, class_names=['bee', 'cat', 'dog', 'ant']))
     assert labels_met(known.train) == {0: 1, 1: 3, 2: 0}
     few = load_streamed_data(DataSource(data_dir=folder, class_names=['bee', 'cat']))
-    with pytest.raises(StreamError, match='Label ant in example 1 of shard 0 of the train part.*one of bee, cat'):
+    with pytest.raises(StreamError, match='Label ant in example 1 of shard 0 of the train split.*one of bee, cat'):
         labels_met(few.train)
 
 
@@ -314,9 +314,9 @@ def labels_met(part):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('bad, workers, message', [
-    (3, 0, 'Label 3 in example 2 of shard 1 of the train part is out of range: expected 0 to 2'),
-    (-1, 1, 'Label -1 in example 2 of shard 1 of the train part'),
-    (None, 0, 'There is no label in example 2 of shard 1 of the train part'),
+    (3, 0, 'Label 3 in example 2 of shard 1 of the train split is out of range: expected 0 to 2'),
+    (-1, 1, 'Label -1 in example 2 of shard 1 of the train split'),
+    (None, 0, 'There is no label in example 2 of shard 1 of the train split'),
 ])
 def test_bad_labels_are_named_where_they_are_met(tmp_path, bad, message, workers):
     folder = write_shards(tmp_path, (12, 12), label=lambda n: bad if n == 14 else n % 3, features=INTEGERS)
@@ -345,7 +345,7 @@ def test_unreadable_and_missing_images_are_named(tmp_path):
     part = load_streamed_data(DataSource(data_dir=str(tmp_path))).train
     for start, message in enumerate(['There is no image in', 'Cannot read the image in']):
         one = StreamedSplit(part.stream.shard(2, start), 'train', 'img', 'label', part.classes)
-        with pytest.raises(UnreadableImageError, match=f'{message} example 5 of shard 0 of the train part'):
+        with pytest.raises(UnreadableImageError, match=f'{message} example 5 of shard 0 of the train split'):
             list(create_streamed_eval_loader(one, number_and_draws, 4))
 
 
@@ -353,7 +353,7 @@ def test_a_stream_that_breaks_off_says_where(tmp_path):
     folder = write_shards(tmp_path, (12, 12))
     part = load_streamed_data(DataSource(data_dir=folder)).train
     (tmp_path / 'train-00001-of-00002.parquet').write_bytes(b'PAR1 and nothing more')
-    with pytest.raises(StreamError, match='Cannot read on in shard 1 of the train part: .*arquet'):
+    with pytest.raises(StreamError, match='Cannot read on in shard 1 of the train split: .*arquet'):
         batches(part)
 
 
@@ -363,14 +363,14 @@ def test_what_cannot_be_opened_is_refused(tmp_path):
     with pytest.raises(DataError, match='`data_dir=.*nowhere`: no such folder'):
         load_streamed_data(DataSource(data_dir=str(tmp_path / 'nowhere')))
     folder = write_shards(tmp_path / 'a', (5,), part='test')
-    with pytest.raises(DataError, match='a has no part named train; its parts are: test'):
+    with pytest.raises(DataError, match='a has no split named train; its splits are: test'):
         load_streamed_data(DataSource(data_dir=folder))
     with pytest.raises(DataError, match='`label_column=fine`: b has no label column of that name'):
         load_streamed_data(DataSource(data_dir=write_shards(tmp_path / 'b', (5,)), label_column='fine'))
     folder = write_shards(tmp_path / 'c', (5,))
     [file] = (tmp_path / 'c').iterdir()
     pq.ParquetWriter(file, pq.read_schema(file)).close()
-    with pytest.raises(DataError, match='The train part of .*c is empty'):
+    with pytest.raises(DataError, match='The train split of .*c is empty'):
         load_streamed_data(DataSource(data_dir=folder, images_per_epoch=5))
     (tmp_path / 'd').mkdir()
     (tmp_path / 'd' / 'train.parquet').write_bytes(b'PAR1 and nothing more')

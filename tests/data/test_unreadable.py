@@ -88,11 +88,11 @@ def test_the_splits_are_what_they_would_be_less_the_unreadable_images(folder, tm
     assert paths(found) == set(BAD)
     assert [image.reason for image in found if image.path.endswith('ant/00.png')] == ['the file is empty']
     lost = {int(image.place.removeprefix('row ')) for image in found}
-    for name, split in whole.parts().items():
-        ours = data.parts()[name]
+    for name, split in whole.splits().items():
+        ours = data.splits()[name]
         assert ours.index.tolist() == [row for row in split.index.tolist() if row not in lost]
         assert len(ours.labels) == len(ours) and all(ours.image(row) for row in range(len(ours)))
-    assert sum(map(len, data.parts().values())) == 60 - len(BAD)
+    assert sum(map(len, data.splits().values())) == 60 - len(BAD)
 
 
 @pytest.mark.parametrize('loader', ['device', 'workers'])

@@ -383,7 +383,7 @@ def test_evaluate_learns_the_ensemble_on_the_validation_part_alone(runs, monkeyp
     assert len({r[-1]['loss'] for r in rows.values()}) == 3
     with pytest.raises(SystemExit):
         call('evaluate.py', monkeypatch, '--checkpoint', runs[0], '--ensemble', 'learned', '--split', 'validation')
-    assert 'the weights are learned on the validation part' in capsys.readouterr().err
+    assert 'the weights are learned on the validation split' in capsys.readouterr().err
 
 
 # -- what the recipes share -------------------------------------------------------------------------------------------

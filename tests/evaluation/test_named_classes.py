@@ -105,7 +105,7 @@ def test_train_and_val_are_enough_to_calibrate(run, checkpoint, tmp_path):
     write_images(tmp_path, NAMES[::2], 'val', 20)
     common = ['calibrate', '--checkpoint', checkpoint, '--data-dir', tmp_path, '--accuracy-drop', 0]
     out = run(*common, '--output', tmp_path / 'out')
-    assert 'has no test part, so nothing was measured' in ' '.join(out.out.split())
+    assert 'has no test split, so nothing was measured' in ' '.join(out.out.split())
     told = json.loads((checkpoint / 'early_exit.json').read_text())
     assert told['images'] == dict(validation=60) and 'test' not in told
     assert told['validation']['top1'] == 100.
@@ -119,7 +119,7 @@ def test_train_and_val_are_enough_to_calibrate(run, checkpoint, tmp_path):
     for fraction, message in ((1.5, 'more than 0 and less than 1'), (0, 'more than 0 and less than 1')):
         assert message in run(*common, '--test-fraction', fraction, status=2).err
     write_images(tmp_path, NAMES, 'test', 2)
-    assert 'has a test part already' in run(*common, '--test-fraction', 0.5, status=2).err
+    assert 'has a test split already' in run(*common, '--test-fraction', 0.5, status=2).err
 
 
 def test_a_teacher_is_matched_by_name(run, checkpoint, tmp_path):

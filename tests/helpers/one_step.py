@@ -27,7 +27,7 @@ def main(path, arguments):
     reduce = run.setup.accelerator.reduce
     terms = {name: reduce(value.detach(), 'mean') for name, value in result.items() if name != 'output'}
     grads = {name.removeprefix('module.'): p.grad for name, p in run.setup.task.trainable_module.named_parameters()}
-    metrics = {part: run.loop.evaluate(run.setup.data.parts()[part]) for part in ('validation', 'test')}
+    metrics = {part: run.loop.evaluate(run.setup.data.splits()[part]) for part in ('validation', 'test')}
     if run.setup.accelerator.is_main_process:
         torch.save(dict(
             processes=run.setup.accelerator.num_processes, local_batch=len(images), terms=terms, grads=grads,

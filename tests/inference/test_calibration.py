@@ -341,7 +341,7 @@ def test_the_recipe_takes_a_latency_and_patience(run, monkeypatch, capsys):
     (['--budget', 0.5, '--latency-batch-size', 1], '--latency-batch-size 1: is for --latency only'),
     (['--budget', 0.01], '--budget: budget=0.01: too low'),
     (['--budget', 'nan'], '--budget: budget=nan'),
-    (['--budget', 0.5, '--data-dir', 'data', '--label-column', 'fine'], 'has no validation part of its own'),
+    (['--budget', 0.5, '--data-dir', 'data', '--label-column', 'fine'], 'has no validation split of its own'),
     (['--budget', 0.5, '--checkpoint', 'hf-hub:some/one'], 'expected the folder of a run'),
 ])
 def test_the_recipe_says_what_is_missing_and_changes_nothing(
@@ -360,7 +360,7 @@ def test_the_recipe_needs_images_that_nothing_was_learned_from(trained, run, mon
     (run / 'args.yaml').write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit):
         calibrate(monkeypatch, '--checkpoint', run, '--budget', 0.6)
-    assert 'has no validation part of its own to choose on' in capsys.readouterr().err
+    assert 'has no validation split of its own to choose on' in capsys.readouterr().err
 
 
 def test_without_a_test_part_nothing_is_measured_and_that_is_said(trained, run, tmp_path, monkeypatch, capsys):
@@ -369,7 +369,7 @@ def test_without_a_test_part_nothing_is_measured_and_that_is_said(trained, run, 
     settings = dict(data_dir=str(data), label_column='fine', val_fraction=0.25)
     (run / 'args.yaml').write_text(yaml.safe_dump(settings))
     calibrate(monkeypatch, '--checkpoint', run, '--budget', 0.95)
-    assert 'has no test part, so nothing was measured' in ' '.join(capsys.readouterr().out.split())
+    assert 'has no test split, so nothing was measured' in ' '.join(capsys.readouterr().out.split())
     assert list(json.loads((run / 'early_exit.json').read_text())['images']) == ['validation']
 
 

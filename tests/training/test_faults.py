@@ -303,7 +303,7 @@ def test_an_unreadable_image_amid_an_epoch_is_named_and_can_be_repaired(data, wh
     status, message = fail(
         capfd, lambda: train(settings(folder, tmp_path, workers=workers, checkpoint_every=None)))
     assert status == 2
-    assert re.fullmatch(rf'error: Cannot read the image in row {row} of the train part: .*[^.]\. {GOES_ON}', message)
+    assert re.fullmatch(rf'error: Cannot read the image in row {row} of the train split: .*[^.]\. {GOES_ON}', message)
     assert checkpoints(tmp_path / 'run') == ['step2']
     (folder / 'train.parquet').write_bytes(good)
     train(settings(folder, tmp_path))
@@ -363,12 +363,12 @@ def test_a_disk_that_was_full_for_a_while_costs_nothing(data, whole, tmp_path, c
 @pytest.mark.faults
 def test_what_fails_amid_the_evaluation_costs_no_epoch(data, whole, tmp_path, capfd):
     def evaluate(*args):
-        raise UnreadableImageError('Cannot read the image in row 3 of the validation part: broken')
+        raise UnreadableImageError('Cannot read the image in row 3 of the validation split: broken')
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('timm_selfdistill.training.loop.evaluate_exits', evaluate)
         status, message = fail(capfd, lambda: train(settings(data, tmp_path, checkpoint_every=None)))
-    assert (status, message) == (2, f'error: Cannot read the image in row 3 of the validation part: broken. {GOES_ON}')
+    assert (status, message) == (2, f'error: Cannot read the image in row 3 of the validation split: broken. {GOES_ON}')
     assert checkpoints(tmp_path / 'run') == ['step4']
     train(settings(data, tmp_path))
     assert_equal(tmp_path / 'run', whole)

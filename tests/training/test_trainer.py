@@ -244,6 +244,6 @@ def test_an_unreadable_image_stops_the_run_by_its_row(tmp_path):
     table = datasets.Dataset.from_dict(rows, features=features).cast_column('image', datasets.Image())
     (tmp_path / 'set').mkdir()
     table.to_parquet(tmp_path / 'set' / 'train.parquet')
-    with pytest.raises(DataError, match='Cannot read the image in row 17 of the train part'):
+    with pytest.raises(DataError, match='Cannot read the image in row 17 of the train split'):
         train(TrainConfig(
             **TINY, data_dir=str(tmp_path / 'set'), val_fraction=0.2, batch_size=8, output=str(tmp_path / 'runs')))

@@ -47,7 +47,7 @@ class AnalyzeConfig(SplitConfig):
 
     noise: every exit under Gaussian noise on all weights. gradients: mean absolute gradient of every layer. scatter:
     within-class over between-class scatter of every exit's features. secondary: what the scores say about the other
-    classes, on the training part and on the part measured.
+    classes, on the training split and on the part measured.
     """
 
     checkpoint: Tuple[str, ...]
@@ -78,8 +78,8 @@ def secondary_rows(network: TrainedNetwork, config: AnalyzeConfig, split: str) -
         raise ConfigError(f'--top-k {k}: expected 2 to {model.num_classes}, the number of classes.')
     superclasses = data.superclasses_of(model.num_classes)
     rows = []
-    for part in dict.fromkeys(part for part in ('train', split) if part in data.parts()):
-        images = subset(data.parts()[part], config.images, config.seed)
+    for part in dict.fromkeys(part for part in ('train', split) if part in data.splits()):
+        images = subset(data.splits()[part], config.images, config.seed)
         logits, target = collect_logits(model, network.batches(images), network.device)
         for name, output in zip(exit_names(model), [*logits, ensemble_logits(logits)]):
             figures = secondary_information(output, target, k, superclasses, teacher_logits=logits[-1])
@@ -91,7 +91,7 @@ def analyze(network: TrainedNetwork, config: AnalyzeConfig, split: str) -> Dict[
     """Run the analyses asked for; returns their results by name."""
     model, device = network.model, network.device
     # read once: the noise alone goes through them as often as there are draws
-    batches = list(network.batches(subset(network.data.parts()[split], config.images, config.seed)))
+    batches = list(network.batches(subset(network.data.splits()[split], config.images, config.seed)))
     result: Dict[str, Any] = {}
     if 'noise' in config.analysis:
         result['noise'] = weight_noise(model, batches, config.sigmas, config.seed, config.repeats, device)
@@ -126,7 +126,7 @@ def open_alike(config: AnalyzeConfig) -> 'OrderedDict[str, TrainedNetwork]':
                 f'only networks for the same classes can be compared.'
             )
         if not config.dataset and not config.data_dir:
-            sizes = [{part: len(images) for part, images in n.data.parts().items()} for n in (one, other)]
+            sizes = [{part: len(images) for part, images in n.data.splits().items()} for n in (one, other)]
             if one.data.name != other.data.name or sizes[0] != sizes[1]:
                 raise ConfigError(
                     f'--checkpoint: {first} was trained on {one.data.name} {sizes[0]}, {name} on {other.data.name} '
@@ -209,12 +209,12 @@ def _main() -> None:
     data = next(iter(networks.values())).data
     split = choose_split(data, config.split)
     results = {name: analyze(network, config, split) for name, network in networks.items()}
-    count = len(subset(data.parts()[split], config.images, config.seed))
+    count = len(subset(data.splits()[split], config.images, config.seed))
     config.output.mkdir(parents=True, exist_ok=True)
     settings = dict(dataset=data.name, split=split, images=count, repeats=config.repeats, seed=config.seed)
     (config.output / 'analysis.json').write_text(
         json.dumps(finite(dict(settings, networks=results)), indent=1) + '\n', encoding='utf-8')
-    title = f'{data.name}, {split} part ({count:,} images)'
+    title = f'{data.name}, {split} split ({count:,} images)'
     plot_results(results, networks, title, config.output)
     console = Console(highlight=False)
     print_results(console, results, config, title)

@@ -29,21 +29,21 @@ SHEET = 16  # images that left first, and as many that left last
 
 @dataclasses.dataclass(kw_only=True)
 class CalibrateConfig(EvaluationConfig):
-    """Choose temperatures and thresholds of early exit on the validation part, and measure them on the test part.
+    """Choose temperatures and thresholds of early exit on the validation split, and measure them on the test split.
 
     Exactly one of --budget, --accuracy-drop and --latency says what for. The rule is written into the config.json of
-    the run, where timm_selfdistill.EarlyExit finds it. Where there is no test part nothing is measured.
+    the run, where timm_selfdistill.EarlyExit finds it. Where there is no test split nothing is measured.
     """
 
     checkpoint: str
     """Folder of a run."""
     budget: Optional[float] = None
-    """Multiply-adds that an image may take in the mean, as a share of the plain network's: 0.5 for a half."""
+    """MACs that an image may take on average, as a share of the plain network's: 0.5 for a half."""
     accuracy_drop: Optional[float] = None
     """Percentage points of top-1 accuracy that may be lost against running everything to the end; with --ensemble that
     is the ensemble of all exits, not the deepest one."""
     latency: Optional[float] = None
-    """Milliseconds that an image may take in the mean on this machine."""
+    """Milliseconds that an image may take on average on this machine."""
     latency_batch_size: Optional[int] = None
     """Images at a time when the latency is measured; --batch-size when None."""
     criterion: Literal['confidence', 'margin', 'entropy', 'patience'] = 'confidence'
@@ -52,7 +52,7 @@ class CalibrateConfig(EvaluationConfig):
     ensemble: bool = False
     """Let all exits passed so far decide together."""
     test_fraction: Optional[float] = None
-    """Part of the validation images that is kept apart to measure on, where the data have no test part."""
+    """Part of the validation images that is kept apart to measure on, where the data have no test split."""
     output: Optional[Path] = None
     """Folder for early_exit.csv and the pictures; the run's when None. Files of that name are replaced."""
 
@@ -63,7 +63,7 @@ def aims(config: CalibrateConfig) -> List[str]:
 
 
 def calibrate(predictor: EarlyExit, network: TrainedNetwork, config: CalibrateConfig) -> Calibration:
-    """Choose the rule on the validation part."""
+    """Choose the rule on the validation split."""
     if config.latency is not None and config.latency_batch_size is not None:
         network = dataclasses.replace(
             network, config=dataclasses.replace(network.config, batch_size=config.latency_batch_size))
@@ -76,19 +76,19 @@ def calibrate(predictor: EarlyExit, network: TrainedNetwork, config: CalibrateCo
 
 
 def keep_test_apart(data: ImageData, fraction: Optional[float]) -> None:
-    """Divide the validation part into images to choose on and images to measure on, where that is asked for."""
+    """Divide the validation split into images to choose on and images to measure on, where that is asked for."""
     if fraction is None:
         return
     if not 0 < fraction < 1:
         raise ConfigError(f'--test-fraction {fraction}: expected more than 0 and less than 1.')
     if data.test is not None:
-        raise ConfigError(f'--test-fraction {fraction}: {data.name} has a test part already; leave the option out.')
+        raise ConfigError(f'--test-fraction {fraction}: {data.name} has a test split already; leave the option out.')
     data.validation, data.test = hold_out(data.validation, fraction, 'test')
 
 
 @torch.no_grad()
 def run_early(predictor: EarlyExit, network: TrainedNetwork, split: ImageSplit) -> EarlyExitOutput:
-    """Run a part of the data, each image as deep as it needs."""
+    """Run a split of the data, each image as deep as it needs."""
     outputs = [predictor.run(images.to(network.device)) for images, _ in network.batches(split)]
     return EarlyExitOutput(*(
         torch.cat([getattr(out, field.name).cpu() for out in outputs]) for field in dataclasses.fields(outputs[0])))
@@ -169,8 +169,8 @@ def _main() -> None:
     calibration = calibrate(predictor, network, config)
     rule, costs = calibration.rule, calibration.costs
 
-    splits = {name: split for name, split in data.parts().items() if name != 'train'}
-    shown, split = list(splits.items())[-1]  # the test part, if there is one
+    splits = {name: split for name, split in data.splits().items() if name != 'train'}
+    shown, split = list(splits.items())[-1]  # the test split, if there is one
     parts = {name: collect_logits(model, network.batches(split), network.device) for name, split in splits.items()}
     out, target = run_early(predictor, network, split), parts[shown][1]
     points = dict(validation=calibration.point)
@@ -196,8 +196,8 @@ def _main() -> None:
         curves[name] = [row for row in curve[shown] if row['family'] == family]
     title = f'{shown_name(model)} on {data.name}'
     unit = calibration.unit if calibration.unit != 'ms' else 'ms for one image'
-    on_split = f'{title}, {shown} part ({len(split):,} images)'
-    chosen = 'chosen on the validation part' if shown == 'test' else 'chosen on these images, measured on no others'
+    on_split = f'{title}, {shown} split ({len(split):,} images)'
+    chosen = 'chosen on the validation split' if shown == 'test' else 'chosen on these images, measured on no others'
     plot_early_exit(
         {name: curve for name, curve in curves.items() if curve}, exits[shown], points[shown],
         f'{on_split}; {chosen}', output / 'early_exit.png', unit)
@@ -221,7 +221,7 @@ def _main() -> None:
     console.print(repr(predictor), soft_wrap=True, markup=False)
     if shown != 'test':
         console.print(
-            f'{data.name} has no test part, so nothing was measured: these are the images that the thresholds were '
+            f'{data.name} has no test split, so nothing was measured: these are the images that the thresholds were '
             f'chosen on. --test-fraction 0.5 keeps half of them apart to measure on.', soft_wrap=True, markup=False)
     console.print(f'rule written to {folder / "config.json"}, the rest to {output}', soft_wrap=True, markup=False)
 

@@ -24,7 +24,7 @@ class EvaluateConfig(SplitConfig):
     """Folder of a run, or hf-hub:org/name."""
     ensemble: Literal['logits', 'probabilities', 'learned'] = 'logits'
     """Mean of the exits' logits, mean of their softmax scores, or the logits with weights that are learned on the
-    validation part."""
+    validation split."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -37,16 +37,16 @@ def _main() -> None:
     weights = None
     if config.ensemble == 'learned' and model.num_exits > 1:
         if data.validation is None:
-            raise ConfigError(f'--ensemble learned: {data.name} has no validation part to learn the weights on.')
+            raise ConfigError(f'--ensemble learned: {data.name} has no validation split to learn the weights on.')
         if split == 'validation':
             raise ConfigError(
-                '--ensemble learned: the weights are learned on the validation part, so another one has to be '
+                '--ensemble learned: the weights are learned on the validation split, so another one has to be '
                 'measured; pass --split test or --split train.'
             )
         weights = learn_ensemble(*collect_logits(model, network.batches(data.validation), device))
     by = 'probabilities' if config.ensemble == 'probabilities' else 'logits'
     metrics = evaluate_exits(
-        model, network.batches(data.parts()[split]), device, ensemble=partial(ensemble_logits, by=by, weights=weights))
+        model, network.batches(data.splits()[split]), device, ensemble=partial(ensemble_logits, by=by, weights=weights))
     rows = exit_table(model, metrics, exit_costs(model, network.data_config['input_size']))
     if config.json:
         result = dict(checkpoint=config.checkpoint, dataset=data.name, split=split)
@@ -56,7 +56,7 @@ def _main() -> None:
         print(json.dumps(dict(result, exits=rows), indent=2))
         return
     console = Console(highlight=False)
-    title = f'{shown_name(model)} on {data.name}, {split} part ({rows[0]["count"]:,} images)'
+    title = f'{shown_name(model)} on {data.name}, {split} split ({rows[0]["count"]:,} images)'
     console.print(render_table(rows, title))
     if weights is not None:
         console.print(f'weights of the exits in the ensemble: {", ".join(f"{w:.3f}" for w in weights.tolist())}')

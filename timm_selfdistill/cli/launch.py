@@ -104,7 +104,7 @@ def _interrupt(number: int, frame: Optional[FrameType]) -> None:
 
 
 def _listen() -> List[Tuple[int, object]]:
-    """Let SIGTERM do what Ctrl-C does; return the handlers before."""
+    """Make SIGTERM do what Ctrl-C does; return the handlers before."""
     try:
         return [(number, signal.signal(number, _interrupt)) for number in (signal.SIGINT, signal.SIGTERM)]
     except ValueError:  # not in the main thread, where nobody may set handlers
@@ -126,14 +126,15 @@ def _report(error: BaseException) -> str:
     if sentence is not None:
         sentence = as_options(' '.join(line.strip() for line in sentence.splitlines()))
         return sentence if isinstance(error, Preempted) else f'error: {sentence}'
+    trace = ''.join(traceback.format_exception(error)).rstrip()
     return (
         f'This is a fault of timm_selfdistill {__version__}. Please report it where you got it from, with the '
-        f'command and all that follows.\n$ {shlex.join(sys.argv)}\n{"".join(traceback.format_exception(error)).rstrip()}'
+        f'command and all that follows.\n$ {shlex.join(sys.argv)}\n{trace}'
     )
 
 
 def _sentence(error: BaseException) -> Optional[str]:
-    """Word an error that the user can do something about; None for any other."""
+    """Return a sentence for an error that the user can do something about; None for any other."""
     text = str(error)
     if isinstance(error, _SHARED):
         behind = os_error_behind(error)
@@ -180,7 +181,7 @@ def _lost_others(error: BaseException) -> bool:
 
 
 def _system_sentence(error: OSError) -> Optional[str]:
-    """Word what the operating system has refused, or None where it was not asked for anything that a user named."""
+    """Return a sentence for what the system has refused, None where it was not asked for anything that a user named."""
     if error.errno is None:  # libraries say in words what they have not found or reached
         known = isinstance(error, (ConnectionError, FileNotFoundError, TimeoutError)) and error.args
         return str(error) if known else None
@@ -227,7 +228,7 @@ def _cache(path: Path) -> Optional[Tuple[str, Path]]:
 
 
 def _speaks(error: BaseException) -> bool:
-    """Tell whether this one of several processes is to report an error."""
+    """Return whether this one of several processes is to report an error."""
     if getattr(error, 'local', False):
         _is_first()  # the others, which have lost this one, need not say so
         return True
@@ -237,7 +238,7 @@ def _speaks(error: BaseException) -> bool:
 
 
 def _is_first() -> bool:
-    """Tell whether no other process of the run has asked this before, by the store that torch's launchers keep."""
+    """Return whether no other process of the run has asked this before, by the store that torch's launchers keep."""
     env = os.environ
     if int(env.get('WORLD_SIZE') or 1) < 2 or not env.get('MASTER_ADDR'):
         return True

@@ -22,7 +22,7 @@ from .launch import run_command
 class TransferConfig(EvaluationConfig):
     """Learn a linear classifier of other data on the frozen features of every exit of trained networks.
 
-    It is learned on the training part, its strength chosen on the validation part, and measured on the test part once.
+    It is learned on the train split, its strength chosen on the validation split, and measured on the test split once.
     """
 
     checkpoint: Tuple[str, ...]
@@ -33,11 +33,12 @@ class TransferConfig(EvaluationConfig):
 
 def probe(network: TrainedNetwork) -> List[Dict[str, Any]]:
     """Learn and measure a linear classifier on the features of every exit: one dict an exit, shallow to deep."""
-    parts = network.data.parts()
+    parts = network.data.splits()
     features = {}
     for part in ('train', 'validation', 'test'):
         if part not in parts:
-            raise DataError(f'{network.data.name} has only the parts {", ".join(parts)}; a {part} part is needed too.')
+            raise DataError(
+                f'{network.data.name} has only the splits {", ".join(parts)}; a {part} split is needed too.')
         by_exit, target = collect_features(network.model, network.batches(parts[part]), network.device)
         features[part] = [(f.numpy(), target.numpy()) for f in by_exit]
     return [
@@ -65,7 +66,7 @@ def _main() -> None:
     groups: Dict[str, Dict[str, float]] = {}
     for row in rows:
         groups.setdefault(row['network'], {})[row['exit']] = row['test_top1']
-    title = f'linear classifier on frozen features, {network.data.name}, test part ({result["images"]:,} images)'
+    title = f'linear classifier on frozen features, {network.data.name}, test split ({result["images"]:,} images)'
     plot_exit_bars(groups, 'top-1 accuracy, %', title, config.output / 'transfer.png')
     console = Console(highlight=False)
     print_rows(console, rows, title)

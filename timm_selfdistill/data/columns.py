@@ -27,7 +27,7 @@ def with_images(table: datasets.Dataset, column: str, split: str, where: str) ->
     """
     if column not in table.features:
         raise DataError(
-            f'The {split} part of {where} has no column {column} for its images; its columns are: '
+            f'The {split} split of {where} has no column {column} for its images; its columns are: '
             f'{", ".join(table.features)}.'
         )
     if isinstance(table.features[column], datasets.Image):
@@ -36,7 +36,7 @@ def with_images(table: datasets.Dataset, column: str, split: str, where: str) ->
         return table.cast_column(column, datasets.Image())
     except (TypeError, ValueError) as e:
         reason = ' '.join(str(e).split())
-        raise DataError(f'Column {column} of the {split} part of {where} holds no images: {reason}') from e
+        raise DataError(f'Column {column} of the {split} split of {where} holds no images: {reason}') from e
 
 
 def _choose(kind: str, candidates: List[str], columns: List[str], chosen: Optional[str], name: str) -> str:

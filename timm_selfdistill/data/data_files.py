@@ -104,7 +104,7 @@ def find_files(dataset: Optional[str], data_dir: Optional[str]) -> Files:
 
 
 def _sorted_by_split(kind: str, folder: Path, found: List[Tuple[str, str]]) -> Files:
-    """Tell the split of every file by the folders that it lies in, else by a word of its name."""
+    """Sort files by split: that of the folders that each lies in, else that of a word of its name."""
     named: Dict[Optional[str], List[str]] = {}
     spelt: Dict[str, str] = {}
     for path, name in found:
@@ -234,7 +234,7 @@ def check_tables(files: Files) -> None:
 
 def empty_split(split: str, where: str) -> str:
     """Return what to say of a split without images."""
-    return f'The {split} part of {where} is empty. Give it images, or remove it from the data.'
+    return f'The {split} split of {where} is empty. Give it images, or remove it from the data.'
 
 
 def name_splits(opened: Dict[str, Any], files: Files) -> Dict[str, Any]:

@@ -47,7 +47,7 @@ def fits_on_device(count: int, input_size: Tuple[int, int, int], device: torch.d
 
 
 class _Pixels(Dataset):
-    """Rows of a part as uint8 pixels (H, W, C)."""
+    """Rows of a split as uint8 pixels (H, W, C)."""
 
     def __init__(self, split: ImageSplit, resize: Callable):
         self.split, self.resize = split, resize
@@ -104,17 +104,17 @@ def decode_split(
         cache_dir: Optional[Path] = None,
         progress: bool = False,
 ) -> torch.Tensor:
-    """Decode a part of a data set, resized and cropped as on the way through worker processes.
+    """Decode a split of a data set, resized and cropped as on the way through worker processes.
 
     Large parts are kept in a cache under a hash of their encoded images and of what is done to them.
 
     Args:
-        split: The part.
+        split: The split.
         data_config: See `timm.data.resolve_data_config`.
         training: Resize as `augment.train_transform` with `crop='pad'` does, which crops less than for evaluation.
-        workers: Processes that decode a large part.
+        workers: Processes that decode a large split.
         cache_dir: Folder of the cache; when None beside that of the `datasets` library.
-        progress: Show a bar for a large part, if on a terminal.
+        progress: Show a bar for a large split, if on a terminal.
 
     Returns:
         Pixels (N, H, W, C), uint8, on the CPU.
@@ -183,10 +183,10 @@ class DeviceLoader:
 
 
 class DeviceEvalLoader:
-    """Batches of one process's share of a part that is on the device: every row once over all processes, none padded.
+    """Batches of one process's share of a split that is on the device: every row once over all processes, none padded.
 
     Args:
-        pixels: Decoded images of the whole part (N, H, W, C), uint8, see `decode_split`.
+        pixels: Decoded images of the whole split (N, H, W, C), uint8, see `decode_split`.
         labels: Their labels (N,).
         data_config: See `timm.data.resolve_data_config`.
         batch_size: Images of a batch; the last one may have fewer.

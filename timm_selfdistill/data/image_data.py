@@ -21,20 +21,20 @@ __all__ = ['ImageData', 'ImageSplit', 'classes_for', 'hold_out', 'load_image_dat
 
 
 class ImageSplit(Dataset):
-    """One part of a data set.
+    """One split of a data set.
 
     An item is a pair of image tensor (C, H, W) and label. The key is a row, or a pair of epoch and row: then the random
     draws of the transform depend on nothing but seed, epoch and row, not on worker, process or what ran before.
 
     Args:
         table: Table with an image column.
-        name: What to call the part in messages.
+        name: What to call the split in messages.
         image_column: Its image column.
         labels: Number of the class of every row (N,).
         mode: PIL mode that images are converted to, `RGB` or `L`.
 
     Attributes:
-        index: Rows of the table that belong to the part, all at first.
+        index: Rows of the table that belong to the split, all at first.
         transform: Turns a PIL image into a tensor.
         seed: Seed of the transform's random draws.
         checked: Whether the images that cannot be read have been left out.
@@ -53,7 +53,7 @@ class ImageSplit(Dataset):
         self.checked = False
 
     def select(self, index: np.ndarray, name: str) -> 'ImageSplit':
-        """Return a part of this part, which messages still call by its row and part in the data set."""
+        """Return rows of this split, which messages still call by row and split in the data set."""
         part = copy.copy(self)
         part.index, part.name = self.index[index], name
         return part
@@ -76,7 +76,7 @@ class ImageSplit(Dataset):
         number = int(self.index[row])
         stored = self.images[number][self.image_column]
         path = stored and stored['path']
-        place = f'in row {number} of the {self.origin} part'
+        place = f'in row {number} of the {self.origin} split'
         if path:
             place = f'{printable(path)} (row {number} of the {self.origin} split)'
         return decode_image(stored, self.mode, place)
@@ -139,20 +139,20 @@ class ImageData:
             return None
         return torch.from_numpy(np.pad(self.superclasses, (0, num_classes - self.num_classes), constant_values=-1))
 
-    def parts(self) -> Dict[str, ImageSplit]:
+    def splits(self) -> Dict[str, ImageSplit]:
         """Return the splits that exist, by name."""
         parts = dict(train=self.train, validation=self.validation, test=self.test)
         return {name: part for name, part in parts.items() if part is not None}
 
     def described(self) -> List[str]:
         """Return what was found: splits and classes with their counts, then the notes."""
-        counts = [f'{len(p):,} {n}' if hasattr(p, '__len__') else f'some {n}' for n, p in self.parts().items()]
+        counts = [f'{len(p):,} {n}' if hasattr(p, '__len__') else f'some {n}' for n, p in self.splits().items()]
         named = f': {shortened(self.label_names)}' if self.label_names else ', without names'
         return [f'{self.name}: {", ".join(counts)} images; {self.num_classes} classes{named}', *self.notes]
 
 
 def hold_out(split: ImageSplit, fraction: float, name: str = 'validation') -> Tuple[ImageSplit, ImageSplit]:
-    """Split off the same part of the images in every run, of every class its share; return what is kept and this.
+    """Split off the same images in every run, of every class its share; return what is kept and this.
 
     Where that leaves a class without an image on one of the sides, every class keeps an image, and those held out are
     drawn from the others.
@@ -180,7 +180,7 @@ def hold_out(split: ImageSplit, fraction: float, name: str = 'validation') -> Tu
 
 
 def _superclasses(table: datasets.Dataset, column: str, labels: np.ndarray, num_classes: int, name: str) -> np.ndarray:
-    """Find the one superclass of each class (num_classes,) in the training part."""
+    """Find the one superclass of each class (num_classes,) in the training split."""
     integers = [
         c for c, f in table.features.items()
         if isinstance(f, datasets.ClassLabel) or isinstance(f, datasets.Value) and f.dtype.startswith(('int', 'uint'))
@@ -266,7 +266,7 @@ def load_image_data(source: DataSource = DataSource(), known: bool = False) -> I
     tables = {split: table.with_format(None) for split, table in open_files(files).items()}
     notes = files.notes
     if 'train' not in tables and not known:
-        raise DataError(f'{name} has no part named train; its parts are: {", ".join(tables)}.')
+        raise DataError(f'{name} has no split named train; its splits are: {", ".join(tables)}.')
     for split, table in tables.items():
         if not len(table):
             raise DataError(empty_split(split, name))

@@ -45,7 +45,7 @@ def decode_image(stored: Optional[Dict[str, Any]], mode: str, place: str) -> Ima
     Args:
         stored: What the `datasets` library keeps of an image that it does not decode: `bytes`, `path`, or both.
         mode: PIL mode of the result, `RGB` or `L`.
-        place: Where the image is, for messages, such as `in row 17 of the train part`.
+        place: Where the image is, for messages, such as `in row 17 of the train split`.
 
     Raises:
         UnreadableImageError: It cannot be decoded, or only a part of it; the message says where it is and why.
@@ -104,7 +104,7 @@ def _convert(data: bytes, mode: str) -> Image.Image:
 
 
 def _cut_short(image: Image.Image, data: bytes) -> bool:
-    """Tell of the formats whose decoders pass over a missing end whether it is missing."""
+    """Return whether the end is missing, of formats whose decoders pass over that."""
     if image.format == 'JPEG2000':  # a marker that no other bytes of the stream look like
         return b'\xff\xd9' not in data
     # 256 colours stand at the end behind a 12; without them the numbers of the colours would be taken for greys
@@ -157,7 +157,7 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    """Say in half a sentence, without a full stop, what a decoder found wrong."""
+    """Return half a sentence, without a full stop, on what a decoder found wrong."""
     if isinstance(error, Image.DecompressionBombError):
         found = re.findall(r'\d+', str(error))
         if len(found) == 2:

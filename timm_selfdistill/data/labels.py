@@ -89,14 +89,14 @@ def label_keys(table: datasets.Dataset, column: str, split: str, where: str) -> 
     """
     if column not in table.features:
         raise DataError(
-            f'The {split} part of {where} has no column {column} for its labels; its columns are: '
-            f'{", ".join(table.features)}. Give it labels, or remove the part from the data.'
+            f'The {split} split of {where} has no column {column} for its labels; its columns are: '
+            f'{", ".join(table.features)}. Give it labels, or remove the split from the data.'
         )
     spell = speller(table.features[column], column, f'{where} ({split})')
     keys = list(map(spell, table[column][:]))
     missing = next((row for row, key in enumerate(keys) if key is None), None)
     if missing is not None:
-        raise DataError(f'There is no label in row {missing} of the {split} part.')
+        raise DataError(f'There is no label in row {missing} of the {split} split.')
     return keys
 
 
@@ -106,14 +106,14 @@ class Classes:
     Args:
         names: Names of the classes in the order of their numbers; None where they have none.
         count: How many classes there are; as many as there are names when None.
-        owner: Whose classes these are, for messages: `the train part`, `the network`.
+        owner: Whose classes these are, for messages: `the train split`, `the network`.
 
     Attributes:
         names: The names.
         count: Their number.
     """
 
-    def __init__(self, names: Optional[Sequence[str]], count: Optional[int] = None, owner: str = 'the train part'):
+    def __init__(self, names: Optional[Sequence[str]], count: Optional[int] = None, owner: str = 'the train split'):
         self.names = None if names is None else list(names)
         self.count = len(self.names) if count is None else count
         self.owner = owner
@@ -150,14 +150,14 @@ class Classes:
             listed = shortened([f'{name} ({counted(counts[name], "image")})' for name in unknown])
             owned = 'no names of classes' if self.names is None else shortened(self.names)
             raise DataError(
-                f'The {split} part of {where} has classes that {self.owner} does not know: {listed}. '
+                f'The {split} split of {where} has classes that {self.owner} does not know: {listed}. '
                 f'It knows: {owned}.'
             )
         wrong = [row for row, key in enumerate(keys) if known[key] is None]
         if wrong:
             allowed = shortened(self.names) if self._numerals else f'0 to {self.count - 1}'
             raise DataError(
-                f'Label {keys[wrong[0]]} in row {wrong[0]} of the {split} part is out of range: expected {allowed} '
+                f'Label {keys[wrong[0]]} in row {wrong[0]} of the {split} split is out of range: expected {allowed} '
                 f'({len(wrong)} such rows).'
             )
         return np.array([known[key] for key in keys], dtype=np.int64)

@@ -69,11 +69,11 @@ def leave_out_unreadable(data: ImageData, accelerator: Accelerator, folder: Path
         shard = shard_of(accelerator)
         workers = max(1, torch.get_num_threads())
         images = gather_object([
-            image for split in data.parts().values()
+            image for split in data.splits().values()
             for image in find_unreadable(split, workers, shard, accelerator.is_main_process)
         ])
         images.sort(key=lambda image: (image.split, len(image.place), image.place))
-    for split in data.parts().values():
+    for split in data.splits().values():
         leave_out(split, images, data.label_names)
     return images
 
@@ -117,14 +117,14 @@ class Loaders:
         self._resident: Dict[str, DeviceEvalLoader] = {}
 
     def _obstacle(self) -> Optional[str]:
-        """Say why batches cannot be made on the device, None if they can."""
+        """Return why batches cannot be made on the device, None if they can."""
         config = self.config
         if not supports(self.crop, config.color_jitter, config.aa):
             recipe = f'`crop={self.crop}`, `aa={config.aa}`, `color_jitter={config.color_jitter:g}`'
             return f'what {recipe} ask for is not done there'
         if config.aa is not None and self.accelerator.device.type == 'mps':
             return f'`aa={config.aa}` needs float64, which {self.accelerator.device} does not have'
-        count = sum(len(part) for part in self.data.parts().values())
+        count = sum(len(part) for part in self.data.splits().values())
         if not fits_on_device(count, self.data_config['input_size'], self.accelerator.device):
             return f'{count:,} images do not fit into a quarter of the free memory of {self.accelerator.device}'
         return None
@@ -160,7 +160,7 @@ class Loaders:
             split, transform, config.batch_size, config.seed, accumulate=config.grad_accum_steps, **shared)
 
     def evaluation(self, split: ImageSplit) -> Iterable:
-        """Return the loader of this process's share of a part."""
+        """Return the loader of this process's share of a split."""
         batch_size = max(1, self.config.batch_size // self.accelerator.num_processes)
         shared = self._shared()
         if self.kind == 'device':

@@ -48,7 +48,7 @@ def _shuffled(examples: Iterable[Example], buffer_size: int, rng: np.random.Gene
 
 
 class _Share(IterableDataset):
-    """What one reader, a worker or a process that has none, makes of a part; the base of training and evaluation."""
+    """What one reader, a worker or a process that has none, makes of a split; the base of training and evaluation."""
 
     def __init__(self, split: StreamedSplit, transform: Callable, shard: Shard):
         self.split, self.transform, self.shard = split, transform, shard
@@ -85,7 +85,7 @@ class _TrainShare(_Share):
             examples = _shuffled(self.split.examples(shards), self.shuffle_buffer, rng)
             first = next(examples, None)
             if first is None:
-                raise StreamError(f'There are no examples in shards {shards} of the {self.split.name} part.')
+                raise StreamError(f'There are no examples in shards {shards} of the {self.split.name} split.')
             yield first
             yield from examples
 
@@ -206,7 +206,7 @@ def create_streamed_eval_loader(
         shard: Shard = Shard(),
         pin_memory: bool = False,
 ) -> DataLoader:
-    """Return a loader of one process's share of a part: every example exactly once over all processes, none padded."""
+    """Return a loader of one process's share of a split: every example exactly once over all processes, none padded."""
     return DataLoader(
         _EvalShare(split, transform, shard),
         batch_size=batch_size,

@@ -39,11 +39,11 @@ Example = Tuple[Any, Any, int, int]
 
 
 class StreamedSplit:
-    """One part of a streamed data set; a `SizedStreamedSplit` where its length is known.
+    """One split of a streamed data set; a `SizedStreamedSplit` where its length is known.
 
     Args:
         stream: Stream of examples with an image and a label column.
-        name: What to call the part in messages.
+        name: What to call the split in messages.
         image_column: Its image column.
         label_column: Its label column.
         classes: The classes that its labels mean.
@@ -67,7 +67,7 @@ class StreamedSplit:
         self.stream = stream.decode(False).select_columns([image_column, label_column])
         self.shards = self.stream.num_shards
         self.name, self.image_column, self.label_column = name, image_column, label_column
-        self.spell = speller(stream.features[label_column], label_column, f'the {name} part')
+        self.spell = speller(stream.features[label_column], label_column, f'the {name} split')
         self.classes, self.mode = classes, mode
         self.skipped: Optional[SkippedImages] = None
 
@@ -86,7 +86,7 @@ class StreamedSplit:
                         yield image, label, shard, next(row)
             except (OSError, ValueError) as e:
                 reason = ' '.join(str(e).split())
-                raise StreamError(f'Cannot read on in shard {shard} of the {self.name} part: {reason}') from e
+                raise StreamError(f'Cannot read on in shard {shard} of the {self.name} split: {reason}') from e
 
     def skip(self, example: Example, error: UnreadableImageError) -> None:
         """Go on after an image that cannot be read.
@@ -103,7 +103,7 @@ class StreamedSplit:
     def _where(self, example: Example) -> str:
         image, _, shard, row = example
         path = f' ({printable(image["path"])})' if image and image['path'] else ''
-        return f'example {row} of shard {shard} of the {self.name} part{path}'
+        return f'example {row} of shard {shard} of the {self.name} split{path}'
 
     def image(self, example: Example):
         """Decode an example's image.
@@ -132,10 +132,10 @@ class StreamedSplit:
 
 
 class SizedStreamedSplit(StreamedSplit):
-    """A part that knows its length.
+    """A split that knows its length.
 
     Args:
-        length: Examples of the part; of the training part those that count as an epoch.
+        length: Examples of the split; of the training split those that count as an epoch.
     """
 
     def __init__(self, *args, length: int):
@@ -147,7 +147,7 @@ class SizedStreamedSplit(StreamedSplit):
 
 
 def _length(stream: datasets.IterableDataset, part: str, files: List[str]) -> Optional[int]:
-    """Return the length of a part by the data set's description, or by its files where they are parquet and here."""
+    """Return the length of a split by the data set's description, or by its files where they are parquet and here."""
     described = (stream.info.splits or {}).get(part)
     if described is not None and described.num_examples:
         return described.num_examples
@@ -201,7 +201,7 @@ def load_streamed_data(source: DataSource = DataSource()) -> ImageData:
     streams, lengths = _open_streams(files)
     notes = files.notes
     if 'train' not in streams:
-        raise DataError(f'{name} has no part named train; its parts are: {", ".join(streams)}.')
+        raise DataError(f'{name} has no split named train; its splits are: {", ".join(streams)}.')
     features = streams['train'].features
     if features is None:
         raise DataError(f'{name} does not say what its columns hold, so that it cannot be streamed.')
@@ -211,8 +211,8 @@ def load_streamed_data(source: DataSource = DataSource()) -> ImageData:
         missing = {image_column, label_column}.difference(stream.features or features)
         if missing:
             raise DataError(
-                f'The {split} part of {name} has no column {sorted(missing)[0]}; its columns are: '
-                f'{", ".join(stream.features)}. Give it the column, or remove the part from the data.'
+                f'The {split} split of {name} has no column {sorted(missing)[0]}; its columns are: '
+                f'{", ".join(stream.features)}. Give it the column, or remove the split from the data.'
             )
         if lengths[split] == 0:
             raise DataError(empty_split(split, name))

@@ -115,7 +115,7 @@ def leave_out(split: ImageSplit, images: List[Unreadable], label_names: Optional
 
 
 def list_unreadable(images: List[Unreadable], say: Callable[[str], Any], file: Optional[Path] = None) -> None:
-    """Tell of the images that are left out, one by one of the first."""
+    """Report the images that are left out, the first of them one by one."""
     for image in images[:_TOLD]:
         say(f'skipped  {image}')
     if images:

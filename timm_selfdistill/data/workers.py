@@ -47,7 +47,7 @@ def create_eval_loader(
         shard: Shard = Shard(),
         pin_memory: bool = False,
 ) -> DataLoader:
-    """Return a loader of one process's share of a part: every row exactly once over all processes, none padded."""
+    """Return a loader of one process's share of a split: every row exactly once over all processes, none padded."""
     split.transform = transform
     return DataLoader(
         split,
@@ -98,7 +98,7 @@ def readable(batches: Iterable) -> Iterator:
 
 
 def keep_worker_alive(worker: int) -> None:
-    """Let a loader's worker end with the trainer and not before, for `worker_init_fn`.
+    """Keep a loader's worker alive as long as its trainer, for `worker_init_fn`.
 
     Schedulers and terminals signal all processes at once, and without its workers the trainer could not finish the step
     after which it writes its checkpoint. So a worker ignores Ctrl-C, and SIGTERM unless the trainer itself has sent it,
@@ -117,7 +117,7 @@ def keep_worker_alive(worker: int) -> None:
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """Let worker processes that start here be born with SIGTERM and SIGINT blocked, in all of their threads.
+    """Block SIGTERM and SIGINT in worker processes that start here, in all of their threads.
 
     Before `keep_worker_alive` is called in them either would end them. And in those that are not forked from this
     process (by default from Python 3.14 on) libraries have started threads by then, any of which may take a signal.

@@ -210,8 +210,8 @@ def linear_probe(
 ) -> Dict[str, float]:
     """Measure what a linear classifier makes of frozen features.
 
-    Logistic regression on standardised features. Its C is the one that is best on the validation part, the smaller of
-    equals; with it the classifier learns anew from training and validation part together, and is measured on the test
+    Logistic regression on standardised features. Its C is the one that is best on the validation split, the smaller of
+    equals; with it the classifier learns anew from training and validation split together, and is measured on the test
     part once.
 
     Args:
@@ -221,7 +221,7 @@ def linear_probe(
         strengths: The values of C to choose from, small ones regularise more.
 
     Returns:
-        `c`, the C chosen; `validation_top1` with it, of the classifier that has not seen the validation part; and
+        `c`, the C chosen; `validation_top1` with it, of the classifier that has not seen the validation split; and
         `test_top1`, both in percent.
     """
     from sklearn.linear_model import LogisticRegression

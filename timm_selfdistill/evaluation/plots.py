@@ -29,7 +29,7 @@ def _name_groups(axes: Axes, names: Sequence[str]) -> None:
 
 
 def plot_accuracy_against_compute(table: List[Dict[str, Any]], title: str, path: Union[str, Path]) -> None:
-    """Draw every exit's top-1 accuracy over its multiply-adds, and the ensemble's, as a PNG.
+    """Draw every exit's top-1 accuracy over its MACs, and the ensemble's, as a PNG.
 
     Args:
         table: Rows of `metrics.exit_table`.
@@ -61,7 +61,7 @@ def plot_accuracy_against_compute(table: List[Dict[str, Any]], title: str, path:
         axes.axhline(exits[-1]['top1'], color='grey', linewidth=0.8, linestyle=':', label='deepest exit')
         figure.legend(loc='outside lower center', ncols=3, frameon=False)
     axes.margins(x=0.12, y=0.2)
-    axes.set_xlabel('multiply-adds for one image, millions')
+    axes.set_xlabel('MACs for one image, millions')
     axes.set_ylabel('top-1 accuracy, %')
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
@@ -178,7 +178,7 @@ def plot_secondary_information(
     """Draw the means of the secondary information, a panel for each figure, as a PNG.
 
     Args:
-        groups: By network, then by part of the data, the means of what `secondary.secondary_information` returned.
+        groups: By network, then by split of the data, the means of what `secondary.secondary_information` returned.
         title: Title of the picture.
         path: File to write.
     """
@@ -257,7 +257,7 @@ def plot_early_exit(
         point: Dict[str, Any],
         title: str,
         path: Union[str, Path],
-        label: str = "share of the plain network's multiply-adds",
+        label: str = "share of the plain network's MACs",
 ) -> None:
     """Draw accuracy over mean cost of early exit, and beside it at which exits images leave, as a PNG.
 

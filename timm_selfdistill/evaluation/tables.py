@@ -12,7 +12,7 @@ __all__ = ['print_rows', 'render_generations', 'render_table', 'short_names']
 
 
 def short_names(checkpoints: Sequence[str]) -> List[str]:
-    """Name checkpoints for tables and pictures: by their last part, or in full where that is not enough.
+    """Name checkpoints for tables and pictures: by their last split, or in full where that is not enough.
 
     Raises:
         ConfigError: A checkpoint is given twice.
@@ -52,7 +52,7 @@ def _text(value: Any) -> str:
 
 
 def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
-    """Lay out rows of `metrics.exit_table` for a terminal."""
+    """Return rows of `metrics.exit_table` for a terminal."""
     table = Table(
         title=title, title_justify='left', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
         collapse_padding=True,
@@ -78,7 +78,7 @@ def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
 
 
 def render_generations(rows: List[Dict[str, Any]], title: str) -> Table:
-    """Lay out the generations for a terminal: top-1 accuracies and agreement with the teacher, in percent."""
+    """Return the generations for a terminal: top-1 accuracies and agreement with the teacher, in percent."""
     table = Table(
         title=f'generations, {title}: top-1 %', title_justify='left', box=box.SIMPLE_HEAD, show_edge=False,
         pad_edge=False, collapse_padding=True,

@@ -50,10 +50,10 @@ class EvaluationConfig:
 
 @dataclasses.dataclass
 class SplitConfig(EvaluationConfig):
-    """On which part of the data as well."""
+    """On which split of the data as well."""
 
     split: Optional[Literal['train', 'validation', 'test']] = None
-    """Part of the data; when None the test part, or validation, or what there is where there is neither."""
+    """Part of the data; when None the test split, or validation, or what there is where there is neither."""
 
 
 @dataclasses.dataclass
@@ -76,9 +76,9 @@ class TrainedNetwork:
         return torch.device(self.config.device)
 
     def batches(self, split: ImageSplit) -> DataLoader:
-        """Return a loader of a part of the data, preprocessed as the network expects.
+        """Return a loader of a split of the data, preprocessed as the network expects.
 
-        With `config.skip_unreadable` the images that cannot be read are taken out of the part first.
+        With `config.skip_unreadable` the images that cannot be read are taken out of the split first.
         """
         if self.config.skip_unreadable and not split.checked:
             found = find_unreadable(split, self.config.workers, progress=True)
@@ -154,17 +154,17 @@ def check_device(name: str) -> None:
 
 
 def choose_split(data: ImageData, split: Optional[str] = None) -> str:
-    """Return the name of the part to measure on: the one asked for, else test, else validation, else train.
+    """Return the name of the split to measure on: the one asked for, else test, else validation, else train.
 
-    The last one only where the data are not those that the network was trained on: of these a part is held out.
+    The last one only where the data are not those that the network was trained on: of these some images are held out.
 
     Raises:
-        DataError: The data have no such part.
+        DataError: The data have no such split.
     """
-    parts = data.parts()
+    parts = data.splits()
     split = split or next(name for name in ('test', 'validation', 'train') if name in parts)
     if split not in parts:
-        raise DataError(f'`split={split}`: {data.name} has only the parts {", ".join(parts)}.')
+        raise DataError(f'`split={split}`: {data.name} has only the splits {", ".join(parts)}.')
     return split
 
 
@@ -181,15 +181,15 @@ def check_held_out(network: TrainedNetwork, test: bool = True) -> None:
     data = network.data
     if data.validation is None:
         raise DataError(
-            f'{data.name} has no validation part of its own to choose on, and the network may have learned from its '
-            f'train part. Train with `val_fraction`, or pass `data_dir` with data that have a validation part.'
+            f'{data.name} has no validation split of its own to choose on, and the network may have learned from its '
+            f'train split. Train with `val_fraction`, or pass `data_dir` with data that have a validation split.'
         )
     if test and data.test is None:
-        raise DataError(f'{data.name} has no test part to measure on. Pass `data_dir` with data that have one.')
+        raise DataError(f'{data.name} has no test split to measure on. Pass `data_dir` with data that have one.')
 
 
 def subset(split: ImageSplit, images: Optional[int], seed: int = 0) -> ImageSplit:
-    """Draw images from a part of the data, of every class its share; the whole part when there are no more, or None.
+    """Draw images from a split of the data, of every class its share; the whole split when there are no more, or None.
 
     Raises:
         ConfigError: Fewer than one image is asked for.

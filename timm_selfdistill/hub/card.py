@@ -29,9 +29,9 @@ _METHODS = {
 _TAGS = {'byot': ('multi-exit', 'early-exit', 'self-distillation'), 'kd': ('distillation',), 'plain': ()}
 # What early exit was calibrated for, with the value in braces.
 _AIMS = {
-    'budget': 'to take {:.3g} of the plain network\'s multiply-adds in the mean',
+    'budget': 'to take {:.3g} of the plain network\'s MACs on average',
     'accuracy_drop': 'to lose no more than {:.3g} percentage points of top-1 accuracy',
-    'latency': 'to take {:.3g} ms in the mean',
+    'latency': 'to take {:.3g} ms on average',
 }
 
 
@@ -40,7 +40,7 @@ def _read(path: Path) -> Any:
 
 
 def _describe_method(settings: Dict[str, Any]) -> str:
-    """Say in words how a run trained."""
+    """Return in words how a run trained."""
     words = _METHODS.get(settings['method'], settings['method'])
     if settings['teacher']:
         return f'{words}, taught by {settings["teacher"]}'
@@ -54,7 +54,7 @@ def describe_run(folder: Path, results: Optional[Dict[str, Any]] = None) -> Dict
 
     Args:
         folder: The run's.
-        results: Tables by part of the data; those of `results.json` when None.
+        results: Tables by split of the data; those of `results.json` when None.
 
     Returns:
         `config` (timm's), `architecture`, `settings`, `dataset` (its name), `dataset_id` (on the Hub, None where the
@@ -81,7 +81,7 @@ def describe_run(folder: Path, results: Optional[Dict[str, Any]] = None) -> Dict
 
 
 def _rows(run: Dict[str, Any], split: str) -> List[Dict[str, Any]]:
-    """Return the table of a part; of a network that ends at an exit, the row of this exit.
+    """Return the table of a split; of a network that ends at an exit, the row of this exit.
 
     Older versions measured an ensemble of a single exit, and the top 5 of five classes and fewer.
     """
@@ -202,8 +202,8 @@ def write_eval_results(folder: Path, dataset_id: Optional[str] = None) -> None:
         dict(
             dataset=dict(id=dataset_id, task_id='image-classification'),
             value=round(row['top1'], 4),
-            notes=f'top-1 accuracy in percent of {row["exit"]}, {split} part, {100 * row["share"]:.1f} % of the plain '
-                  f'network\'s multiply-adds',
+            notes=f'top-1 accuracy in percent of {row["exit"]}, {split} split, {100 * row["share"]:.1f} % of the plain '
+                  f'network\'s MACs',
         ) for row in _rows(run, split)
     ]
     path = folder / '.eval_results' / f'{re.sub(r"[^A-Za-z0-9._-]", "-", dataset_id)}.yaml'

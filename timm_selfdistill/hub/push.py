@@ -75,7 +75,7 @@ def _persistently(attempt: Callable[[], _T]) -> _T:
 
 
 def _explain(error: Exception, what: str) -> HubError:
-    """Say in a sentence why something did not work and what to do."""
+    """Return a sentence that says why something did not work and what to do."""
     status = _status(error)
     said = ' '.join(str(error).split())
     reasons = {

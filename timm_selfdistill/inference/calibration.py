@@ -22,7 +22,7 @@ __all__ = [
 
 
 def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
-    """Find what to divide logits by so that their probabilities are as often right as they say.
+    """Compute what to divide logits by so that their probabilities are as often right as they say.
 
     The temperature has the lowest negative log likelihood (Guo et al., ICML 2017, arXiv 1706.04599), which on images
     that are all classified correctly has no minimum. A standard normal prior on the temperature's logarithm, which
@@ -149,7 +149,7 @@ def measure_thresholds(
         target: torch.Tensor,
         costs: RunCosts,
 ) -> List[Dict[str, Any]]:
-    """Say what a rule comes to with other thresholds in place of its own.
+    """Report what a rule comes to with other thresholds in place of its own.
 
     Args:
         rule: The rule.
@@ -255,10 +255,10 @@ def choose_point(
 
     Args:
         rows: What `exit_curve` returned.
-        budget: What an image may cost in the mean, where costs are shares.
+        budget: What an image may cost on average, where costs are shares.
         accuracy_drop: Percentage points of top-1 accuracy that it may lose against the row where nothing leaves
             early: the deepest exit, or all exits together where the rule lets them decide together.
-        latency: What an image may cost in the mean, where costs are milliseconds.
+        latency: What an image may cost on average, where costs are milliseconds.
 
     Raises:
         ValueError: See `check_aim`; or even the cheapest row costs more.

@@ -68,7 +68,7 @@ def _items(output: Any) -> List[Tuple[Optional[int], torch.Tensor]]:
 
 @torch.no_grad()
 def randomise(model: nn.Module, generator: Optional[torch.Generator] = None) -> None:
-    """Give a network weights with which every layer changes what passes it; many a fresh one begins as an identity.
+    """Set weights with which every layer changes what passes it; many a fresh one begins as an identity.
 
     Args:
         model: The network.

@@ -67,7 +67,7 @@ class _Ready:
         self.kind = _kind(model) if graphs else None
 
     def fits(self, model: MultiExit) -> bool:
-        """Say whether the network still has the modules that it had."""
+        """Return whether the network still has the modules that it had."""
         return (
             self.stages is model.stages
             and all(tuple(now.values()) == children for now, children in self.children)
@@ -230,7 +230,7 @@ class EarlyExit:
                 raise ValueError(f'{what} {some} of {len(images)}: not finite, so no exit can be sure of them.')
 
     def simulate(self, logits: Sequence[torch.Tensor]) -> EarlyExitOutput:
-        """Say what `run` would give, from logits that exist already; it saves nothing and runs nothing.
+        """Report what `run` would give, from logits that exist already; it saves nothing and runs nothing.
 
         Args:
             logits: Logits of every exit, each (N, num_classes), as `forward_exits` gives them.
@@ -262,12 +262,12 @@ class EarlyExit:
         Args:
             loader: Images (N, C, H, W) and labels (N,) that neither training nor testing has to do with, as pairs or
                 dicts, see `read_batch`.
-            budget: Multiply-adds that an image may take in the mean, as a share of the plain network's. The most
+            budget: MACs that an image may take on average, as a share of the plain network's. The most
                 accurate thresholds within it are chosen.
             accuracy_drop: Percentage points of top-1 accuracy that may be lost against running everything to the end:
                 against the deepest exit, or with `ensemble` against all exits together. The cheapest thresholds that
                 do so are chosen.
-            latency: Milliseconds that an image may take in the mean, on this machine and in batches as the loader's
+            latency: Milliseconds that an image may take on average, on this machine and in batches as the loader's
                 first; chosen like a budget, from the time that each part of the network is measured to take.
 
         Returns:
@@ -314,7 +314,7 @@ class EarlyExit:
 
         Returns:
             loss, top1, top5 and ece as of `metrics.ExitEvaluator`, with the temperatures applied; `count`; `cost`, the
-            multiply-adds of an image in the mean as a share of the plain network's; and `leaving`, the share of the
+            MACs of an image on average as a share of the plain network's; and `leaving`, the share of the
             images that left at each exit.
 
         Raises:
@@ -340,7 +340,7 @@ class EarlyExit:
         if known > 0.01 * count:
             raise ValueError(
                 f'{known} of {count} images are among those that the thresholds were chosen on: measured on them these '
-                f'would look better than they are. Keep the two parts apart.'
+                f'would look better than they are. Keep the two splits apart.'
             )
         shares = (leaving / count).tolist()
         costs = compute_costs(self._make_ready().view, size).of(self.rule)

@@ -16,7 +16,7 @@ CRITERIA = ('confidence', 'margin', 'entropy', 'patience')
 
 
 def confidence_score(logits: torch.Tensor, criterion: str = 'confidence') -> torch.Tensor:
-    """Say how sure an exit is of each image; more is surer.
+    """Return an exit's confidence score of each image; more is more confident.
 
     Args:
         logits: Logits of one exit (N, num_classes), divided by its temperature.
@@ -144,7 +144,7 @@ class ExitRule:
         )
 
     def asks(self, number: int) -> bool:
-        """Say whether exit `number` has to run at all: one that nothing leaves at only counts where exits decide
+        """Return whether exit `number` has to run at all: one that nothing leaves at only counts where exits decide
         together."""
         deepest = number == self.num_exits - 1
         return deepest or self.ensemble or self.criterion == 'patience' or self.thresholds[number] is not None

@@ -31,7 +31,7 @@ class BottleneckHead(ExitHead):
         in_chs: Channels of the feature map.
         num_classes: Classes; 0 leaves the classifier out.
         stride: Height of this map over the height of the network's last map. More than 8 is left to the pooling: it
-            would cost as many multiply-adds and far more parameters.
+            would cost as many MACs and far more parameters.
         width: Channels inside the head, and length of its feature vector unless it widens.
         batch_norm: Normalise by batch, with ReLU, as the authors do; otherwise each position by itself, with GELU.
         depthwise: Split the k×k convolution into a depthwise and a 1×1 one.
@@ -247,7 +247,7 @@ class PooledHead(LinearHead):
     """The internal classifier of Shallow-Deep Networks (Kaya et al., ICML 2019, arXiv 1810.07052).
 
     A learned mix of max and average pooling brings the map to a small grid, which a linear classifier takes as one
-    vector: it still sees where in the image something is, and needs no multiply-adds but its own. The grid is 4×4 or
+    vector: it still sees where in the image something is, and needs no MACs but its own. The grid is 4×4 or
     smaller: no larger than the network's last map, and such that the vector has at most 4,096 entries.
 
     Args:
@@ -323,7 +323,7 @@ def exit_head_kind(name: str) -> Callable[..., ExitHead]:
 
 
 def head_settings(backbone: nn.Module, stages: Sequence[Stage]) -> List[Dict[str, Any]]:
-    """Say what an exit head after each stage has to be like to suit its network.
+    """Report what an exit head after each stage has to be like to suit its network.
 
     Args:
         backbone: A timm model. A head normalises as it does, and convolves by channel where it does.

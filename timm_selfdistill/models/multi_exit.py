@@ -99,7 +99,7 @@ class MultiExit(BackboneWrapper):
         return len(self.exits) + 1
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """Let `forward` give all exits while in training mode, as timm's distilled DeiT does."""
+        """Switch `forward` to all exits while in training mode, as timm's distilled DeiT does."""
         self.distilled_training = enable
 
     def forward(self, x: torch.Tensor) -> Union[torch.Tensor, List[torch.Tensor]]:
@@ -226,7 +226,7 @@ class MultiExit(BackboneWrapper):
         return self.backbone.get_classifier() if self.head is None else self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Give every exit a fresh classifier for `num_classes` classes; the pooling is the deepest exit's.
+        """Replace the classifier of every exit by a fresh one for `num_classes`; the pooling is the deepest exit's.
 
         The exit rule goes with the classifiers that it was made for.
         """
@@ -279,7 +279,7 @@ def add_exits(
         exit_head: str = 'bottleneck',
         num_classes: Optional[int] = None,
 ) -> MultiExit:
-    """Give any timm model auxiliary exits; its weights stay as they are. See `MultiExit`."""
+    """Add exits to any timm model auxiliary exits; its weights stay as they are. See `MultiExit`."""
     return MultiExit(model, exits=exits, exit_head=exit_head, num_classes=num_classes)
 
 

@@ -22,7 +22,7 @@ def model_name(model: nn.Module) -> str:
 
 
 def times(shape: Sequence[int]) -> str:
-    """Write a shape as in 3×224×224."""
+    """Return a shape as in 3×224×224."""
     return '×'.join(str(n) for n in shape)
 
 
@@ -33,5 +33,5 @@ def cfg_without_weights(model: nn.Module, architecture: str) -> Dict[str, Any]:
 
 
 def exit_names(model: nn.Module) -> List[str]:
-    """Name the exits for tables and columns, shallow to deep, the ensemble last; a single exit makes no ensemble."""
+    """Return the exits' names for tables and columns, shallow to deep, the ensemble last; a single exit has none."""
     return [f'exit{i}' for i in range(model.num_exits)] + ['ensemble'] * (model.num_exits > 1)

@@ -1,4 +1,4 @@
-"""Copies of a network to look at it: on the meta device, in eval mode, with its multiply-adds counted."""
+"""Copies of a network to look at it: on the meta device, in eval mode, with its MACs counted."""
 import copy
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
@@ -72,7 +72,7 @@ def eval_view(model: nn.Module) -> nn.Module:
 
 
 def forget_caches(view: nn.Module, ran: nn.Module) -> None:
-    """Let a view keep no tensors that it computes from weights, which may change.
+    """Stop a view from keeping tensors that it computes from weights, which may change.
 
     Args:
         view: What `eval_view` gave.

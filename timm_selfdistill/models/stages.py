@@ -37,8 +37,8 @@ class Stage:
         num_chs: Channels of the feature map.
         reduction: Input height over the map's height, rounded.
         size: Height and width of the map, in pixels.
-        share: Part of the whole network's forward multiply-adds that has run once the map exists, 0 to 1.
-        macs: These multiply-adds, for one image.
+        share: Part of the whole network's forward MACs that has run once the map exists, 0 to 1.
+        macs: These MACs, for one image.
     """
     index: int
     module: str
@@ -53,7 +53,7 @@ def find_stages(model: nn.Module) -> Tuple[Stage, ...]:
     """Probe where a timm model may be cut.
 
     The model's own `forward_intermediates` runs on the meta device, on the input size the model was built for, so that
-    shapes and multiply-adds are those of the real forward pass, not declared metadata.
+    shapes and MACs are those of the real forward pass, not declared metadata.
 
     Args:
         model: A timm model with `feature_info` and `forward_intermediates`.
@@ -156,7 +156,7 @@ def choose_exits(
             against the next. An int asks for that many exits spread evenly over the compute. A sequence names indices
             of `feature_info` and is taken as it is; an empty one means no auxiliary exit.
         name: What to call the model in errors.
-        head_macs: Gives the multiply-adds of an exit head after a stage.
+        head_macs: Gives the MACs of an exit head after a stage.
 
     Returns:
         Increasing indices into `stages`.
@@ -172,7 +172,7 @@ def choose_exits(
         if not chosen:
             _logger.warning(
                 f'{name} gets no auxiliary exits: no place to leave it early has run {MIN_SHARE:.0%} of its '
-                f'multiply-adds and saves {1 - MAX_SHARE:.0%} of them. Name indices, such as exits=(1, 2), to insist.'
+                f'MACs and saves {1 - MAX_SHARE:.0%} of them. Name indices, such as exits=(1, 2), to insist.'
             )
         return tuple(chosen)
     if isinstance(exits, bool) or not isinstance(exits, (int, list, tuple)):

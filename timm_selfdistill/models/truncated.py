@@ -89,7 +89,7 @@ class ExitNetwork(BackboneWrapper):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Give the exit a fresh classifier. Its pooling is the head's own and stays; `global_pool` is not used."""
+        """Replace the exit's classifier. Its pooling is the head's own and stays; `global_pool` is not used."""
         like = next(self.backbone.parameters())
         for head in (*self.exit_heads, self.head):
             head.reset_classifier(num_classes, device=like.device, dtype=like.dtype)

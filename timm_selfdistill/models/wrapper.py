@@ -58,7 +58,7 @@ class BackboneWrapper(nn.Module):
         self.backbone = backbone
 
     def explain_refusal(self, x: torch.Tensor, error: Exception) -> None:
-        """Say of images (N, C, H, W) on which the backbone failed which ones it takes, if it is their shape.
+        """Raise an error that says which images the backbone takes, if it failed on the shape of these (N, C, H, W).
 
         Raises:
             ValueError: Their channels or size are not those that the backbone was built for.

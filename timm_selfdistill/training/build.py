@@ -159,7 +159,7 @@ def check_slices(task: SelfDistillationTask, input_size: Sequence[int], batch_si
 
 
 def check_optimizer(create: Callable[[nn.Module], torch.optim.Optimizer], name: str, device: torch.device) -> None:
-    """Let an optimizer make a step with a convolution and a linear layer.
+    """Check that an optimizer makes a step with a convolution and a linear layer.
 
     Raises:
         ConfigError: It cannot be had on this device or with these settings.

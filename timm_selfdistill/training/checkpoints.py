@@ -119,7 +119,7 @@ class Checkpoints:
 
     @staticmethod
     def _damage(folder: Path) -> Optional[str]:
-        """Say what is wrong with a checkpoint, None if nothing is."""
+        """Return what is wrong with a checkpoint, None if nothing is."""
         try:
             about = json.loads((folder / _ABOUT).read_text())
             expected, checksum = about['size'], about['crc32']
@@ -136,7 +136,7 @@ class Checkpoints:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Tell whether the parameters are sharded over the processes, by FSDP."""
+    """Return whether the parameters are sharded over the processes, by FSDP."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 

@@ -34,7 +34,7 @@ def _newest_of_recipe(config: TrainConfig) -> Optional[Path]:
 
 
 def _refusal(config: TrainConfig, folder: Path) -> Optional[str]:
-    """Say why the run in an existing folder cannot be gone on with, None if it can."""
+    """Return why the run in an existing folder cannot be gone on with, None if it can."""
     if config.resume is None:
         return 'exists, and runs are never overwritten; choose another name, or pass `resume=auto` to go on with it'
     args = folder / 'args.yaml'

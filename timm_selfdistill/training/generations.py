@@ -61,7 +61,7 @@ def generation_config(config: TrainConfig, root: Path, number: int) -> TrainConf
 
 
 def _refusal(config: TrainConfig, root: Path) -> Optional[str]:
-    """Say why the generations in a folder cannot be gone on with; None if they can."""
+    """Return why the generations in a folder cannot be gone on with; None if they can."""
     if config.resume is None:
         return 'exists, and runs are never overwritten; choose another name, or pass `resume=auto` to go on with it'
     for number in range(config.generations + 1):

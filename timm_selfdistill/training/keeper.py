@@ -157,7 +157,7 @@ class Keeper:
             write_unreadable(file, self.setup.unreadable)
             list_unreadable(self.setup.unreadable, self.reporter.say, file)
         if self.setup.config.streaming:
-            for split in self.setup.data.parts().values():
+            for split in self.setup.data.splits().values():
                 split.skipped.file = file
 
     def save(self, best: bool = False) -> None:
@@ -201,7 +201,7 @@ class Keeper:
 
         Args:
             terms: Means of the loss and its terms.
-            metrics: What `evaluate` returned, of the validation part if there is one.
+            metrics: What `evaluate` returned, of the validation split if there is one.
         """
         columns = _summary_metrics(self.setup.model, metrics)
         better = self.setup.data.validation is not None and columns['top1'] > self.progress.best.get('top1', -1.)

@@ -144,7 +144,7 @@ class Loop:
         raise type(error)(f'{str(error).rstrip(".")}. {self.keeper.how_to_resume()}') from error
 
     def evaluate(self, split: ImageSplit) -> 'OrderedDict[str, Dict[str, Any]]':
-        """Measure every exit on a part of the data, each process its share."""
+        """Measure every exit on a split of the data, each process its share."""
         accelerator = self.accelerator
         distributed = accelerator.num_processes > 1
         if distributed:  # each process has batch norm averages of its own slices until they are averaged

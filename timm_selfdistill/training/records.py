@@ -94,7 +94,7 @@ def exit_figures(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
         rows: What `metrics.exit_table` returned.
 
     Returns:
-        Of every exit, shallow to deep, `shares` (of the plain network's multiply-adds), `top1` and `ece` (percent), and
+        Of every exit, shallow to deep, `shares` (of the plain network's MACs), `top1` and `ece` (percent), and
         `ensemble_top1` and `ensemble_ece`, None for a network of one exit.
     """
     exits = [row for row in rows if row['exit'] != 'ensemble']
@@ -123,14 +123,14 @@ def make_record(
         config: The settings.
         name: Of the recipe, where the settings have none.
         dataset: Name of the data set.
-        part: Part of the data that was measured.
+        part: Split of the data that was measured.
         rows: What `metrics.exit_table` returned for it.
         sittings: See `TimeSheet.sittings`.
         steps: Optimizer steps of the run.
 
     Returns:
         `recipe`, `network`, `dataset`, `part`, `method`, `seed`, `epochs`; lists over the exits, shallow to deep:
-        `shares` of the multiply-adds, `top1` and `ece` in percent; `ensemble_top1` and `ensemble_ece`, None with a
+        `shares` of the MACs, `top1` and `ece` in percent; `ensemble_top1` and `ensemble_ece`, None with a
         single exit; `hours` from the first step to the last evaluation and training's `images_per_second`, None where
         sittings are not known; `hardware`, `precision`, versions and `commit`, of all sittings where they differ;
         `finished`, the date (UTC); `settings`, see `publishing.public_settings`. Nothing in it names user, machine or

@@ -42,7 +42,7 @@ class Reporter:
             architecture: str,
             accelerator: Accelerator,
     ) -> None:
-        """Say what is about to be trained on what."""
+        """Report what is about to be trained on what."""
         channels, height, width = data_config['input_size']
         shares = ', '.join(f'{name} {100 * cost.share:.0f} %' for name, cost in costs.items() if name != 'ensemble')
         size = f'{channels}×{height}×{width}'
@@ -50,7 +50,7 @@ class Reporter:
         self.say(f'data    {first}; seen at {size}')
         for note in notes:
             self.say(f'data    {note}')
-        self.say(f'model   {architecture}; share of the multiply-adds: {shares}')
+        self.say(f'model   {architecture}; share of the MACs: {shares}')
         precision = accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'
         self.say(f'device  {accelerator.num_processes} × {accelerator.device.type}, {precision}')
         self.say(f'folder  {folder}')
@@ -91,7 +91,7 @@ class Reporter:
             split: str,
             seconds: float,
     ) -> None:
-        """Give an epoch its line.
+        """Print the line of an epoch.
 
         The total loss may rise in a healthy run, as its weights change and the exits learn to follow, so the deepest
         exit's cross entropy stands beside it.
@@ -106,7 +106,7 @@ class Reporter:
 
     def finish(self, folder: Path, rows: List[Dict[str, Any]], split: str) -> None:
         """Show the table of all exits and how to load the network."""
-        self.console.print(render_table(rows, f'{split} part, weights of the last epoch'))
+        self.console.print(render_table(rows, f'{split} split, weights of the last epoch'))
         self.say('Load it with')
         self.say('    import timm, timm_selfdistill')
         self.say(f'    model = timm.create_model("local-dir:{folder}", pretrained=True)')

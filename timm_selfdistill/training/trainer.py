@@ -62,7 +62,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def close(accelerator: Accelerator) -> None:
-    """Let the processes part, all at once.
+    """End all processes at once.
 
     torch takes a process group down with Python's lock held and joins its threads; one of them that still has a tensor
     of the last collective to give back to Python waits for the lock for ever (seen with torch 2.8 on CPUs). The pause
@@ -79,7 +79,7 @@ def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Pat
 
     The run's folder holds at every time the weights of the last complete epoch (before the first one, the initial
     weights): `model.safetensors` and `config.json`, which `timm.create_model('local-dir:…', pretrained=True)` loads;
-    `best/`, the same of the best epoch by the validation part; `checkpoints/`, from which `config.resume` goes on to
+    `best/`, the same of the best epoch by the validation split; `checkpoints/`, from which `config.resume` goes on to
     the bit; `args.yaml`, `summary.csv` with a line an epoch, and in the end `README.md` (the model card),
     `accuracy_vs_compute.png`, `record.json` (the line for `config.results`) and, last of all, `results.json`.
 
@@ -195,7 +195,7 @@ def _train(run: Run) -> None:
             bad = [name for name, values in metrics.items() if not math.isfinite(values['loss'])]
             if bad:
                 raise NonFiniteLossError(
-                    f'Loss not finite after epoch {epoch}, on the {watched.name} part: {", ".join(bad)}.')
+                    f'Loss not finite after epoch {epoch}, on the {watched.name} split: {", ".join(bad)}.')
             keeper.end_epoch(terms, metrics)
             reporter.epoch(epoch, terms, metrics, watched.name, time.perf_counter() - started)
     except NonFiniteLossError as e:
@@ -214,16 +214,16 @@ def _train(run: Run) -> None:
 
 
 def _finish(run: Run, watched: ImageSplit, metrics: Dict[str, Dict[str, Any]]) -> None:
-    """Write what describes the last epoch's weights; those have been measured on the watched part already."""
+    """Write what describes the last epoch's weights; those have been measured on the watched split already."""
     setup, keeper, results = run.setup, run.keeper, OrderedDict()
     architecture = model_name(setup.network)
-    for name, split in setup.data.parts().items():
+    for name, split in setup.data.splits().items():
         if name != 'train':
             measured = metrics if split is watched else run.loop.evaluate(split)
             results[name] = exit_table(setup.model, measured, setup.costs)
     if setup.accelerator.is_main_process:
         split, rows = list(results.items())[-1]
-        title = f'{architecture} on {setup.data.name}, {split} part'
+        title = f'{architecture} on {setup.data.name}, {split} split'
         plot_accuracy_against_compute(rows, title, run.folder / 'accuracy_vs_compute.png')
         if not is_sharded(setup.accelerator):  # else no process has the whole network; it can be measured later
             write_latency(run.folder, setup.model, setup.data_config['input_size'], setup.accelerator.device)

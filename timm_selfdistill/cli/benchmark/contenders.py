@@ -29,7 +29,7 @@ Outcome = Tuple[torch.Tensor, torch.Tensor]
 @dataclasses.dataclass(kw_only=True)
 class LatencyBenchmarkConfig(EvaluationConfig):
     """Compare early exit with the plain network, with all exits, and with the network truncated at each of them, on
-    images of the test part; thresholds are chosen on the validation part.
+    images of the test split; thresholds are chosen on the validation split.
 
     Images lie on the device before anything is timed, and every batch is waited for.
     """
@@ -41,10 +41,10 @@ class LatencyBenchmarkConfig(EvaluationConfig):
     batch_sizes: Tuple[int, ...] = (1, 32, 256)
     """Images at a time that everything is timed with."""
     images: int = 2048
-    """Images of the test part to take, of every class its share; those that fill no last batch are left out."""
+    """Images of the test split to take, of every class its share; those that fill no last batch are left out."""
     budgets: Tuple[float, ...] = (0.4, 0.6, 0.8)
-    """Thresholds to compare: the most accurate ones with which an image takes in the mean such a share of the plain
-    network's multiply-adds."""
+    """Thresholds to compare: the most accurate ones with which an image takes on average such a share of the plain
+    network's MACs."""
     drops: Tuple[float, ...] = (0.,)
     """More thresholds: the cheapest ones that lose so many percentage points of top-1 accuracy at most."""
     static: Optional[str] = None
@@ -84,7 +84,7 @@ class Contender:
         expect: Says what should come of it, given the logits of every exit and the size of the batches; None where
             nothing is known.
         rule: When images leave, and so which parts of the network run; None for another network.
-        share: Multiply-adds of the other network, as a share of the plain network's.
+        share: MACs of the other network, as a share of the plain network's.
     """
     name: str
     group: str
@@ -190,7 +190,7 @@ def open_static(checkpoint: str, network: TrainedNetwork) -> nn.Module:
 
 
 def choose_rules(predictor: EarlyExit, network: TrainedNetwork, config: LatencyBenchmarkConfig) -> Dict[str, ExitRule]:
-    """Choose the thresholds on the validation part; return the rules by name.
+    """Choose the thresholds on the validation split; return the rules by name.
 
     Raises:
         ConfigError: No thresholds stay within a budget.
@@ -242,5 +242,5 @@ def list_contenders(network: TrainedNetwork, config: LatencyBenchmarkConfig) -> 
 
 
 def plain_macs(model: nn.Module, input_size: Tuple[int, int, int]) -> int:
-    """Count the multiply-adds of a forward pass of one image."""
+    """Count the MACs of a forward pass of one image."""
     return count_macs(*meta_probe(model, input_size))[0]

@@ -60,7 +60,7 @@ def paired_ratio(ours: Callable, rival: Callable, x: torch.Tensor, rounds: int) 
 
 
 def size(network: nn.Module, input_size: Tuple[int, int, int]) -> Tuple[int, int]:
-    """Count the parameters of a network, and its multiply-adds for one image."""
+    """Count the parameters of a network, and its MACs for one image."""
     macs, _ = count_macs(meta_copy(network), torch.empty(1, *input_size, device='meta'))
     return sum(p.numel() for p in network.parameters()), macs
 

@@ -24,7 +24,7 @@ TOLERATED = 0.01  # share of images that rounding may send another way: convolut
 
 
 def load_images(network: TrainedNetwork, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Put images of the test part (N, C, H, W) and their labels (N,) on the device.
+    """Put images of the test split (N, C, H, W) and their labels (N,) on the device.
 
     They are shuffled: where a part is sorted by class, batches would be of images equally hard.
     """
@@ -64,8 +64,8 @@ def measure(
 ) -> List[Dict[str, Any]]:
     """Time everything with batches of one size; return a row for each.
 
-    How fast it should be is told twice: by multiply-adds, and by the time that the parts of the network take by
-    themselves. The first includes that some multiply-adds take longer than others, the second is the price of letting
+    How fast it should be is told twice: by MACs, and by the time that the parts of the network take by
+    themselves. The first includes that some MACs take longer than others, the second is the price of letting
     images leave alone.
 
     Args:
@@ -139,7 +139,7 @@ def run_benchmark(config: LatencyBenchmarkConfig, console: Console) -> List[Dict
     """Measure, show and write.
 
     Raises:
-        ConfigError, DataError: A setting cannot be used, or the data have no validation or no test part.
+        ConfigError, DataError: A setting cannot be used, or the data have no validation or no test split.
     """
     config.check()
     network = open_network(config.checkpoint, config)
