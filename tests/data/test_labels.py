@@ -152,7 +152,7 @@ def test_splits_without_labels_or_images_are_named(tmp_path):
     with pytest.raises(DataError, match='The test split of b has no column label .*; its columns are: img. Give it'):
         read(tmp_path / 'b')
     datasets.DatasetDict(train=table, valid=table.select([])).save_to_disk(tmp_path / 'c')
-    with pytest.raises(DataError, match='The valid part of .*/c is empty. Give it images, or remove it'):
+    with pytest.raises(DataError, match='The valid split of .*/c is empty. Give it images, or remove it'):
         read(tmp_path / 'c')
     write(tmp_path / 'p', class_label('ab'), train=[0, 1], Testing=[])
     with pytest.raises(DataError, match='The test split of .*/p is empty. Give it images, or remove it'):

@@ -45,18 +45,6 @@ def examples(text):
     return re.findall(r'```python\n(.*?)```', text, re.DOTALL)
 
 
-def test_readmes_examples_run_as_pasted(capsys):
-    # all but those with a repository of the reader's own, or in a folder that was exported
-    own = [code for code in examples(README) if 'hf-hub:' not in code and 'staged_session' not in code]
-    assert sum('EarlyExit' in code for code in own) >= 2
-    for code in own:
-        exec(code, {})
-    said = capsys.readouterr().out
-    assert [line.split(',')[0] in LABELS for line in said.splitlines()] == [True] * 4 + [False]
-    # to the percent it depends on how this machine decodes and adds
-    assert re.sub(r'\d+%', '', said) in re.sub(r'\d+%', '', README), 'what it prints stands below it'
-
-
 def test_the_cards_example_runs_as_pasted(capsys):
     code, = examples((FOLDER / 'README.md').read_text(encoding='utf-8'))
     exec(code, {})
