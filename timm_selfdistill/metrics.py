@@ -37,6 +37,9 @@ def ensemble_logits(
 
     Raises:
         ValueError: `by` is unknown, or the weights are not one an exit, or given together with probabilities.
+
+    >>> ensemble_logits([torch.tensor([[1., 0.]]), torch.tensor([[3., 2.]])])
+    tensor([[2., 1.]])
     """
     stacked = torch.stack(tuple(logits))
     if by not in ('logits', 'probabilities'):

@@ -104,6 +104,12 @@ class EarlyExit:
 
     Raises:
         ValueError: A value does not fit the network, or it has no exits.
+
+    >>> import timm, timm_selfdistill
+    >>> predictor = EarlyExit(timm.create_model('resnet20_cifar_sd', pretrained=True), thresholds=0.5)
+    >>> out = predictor(torch.randn(2, 3, 32, 32))
+    >>> out.logits.shape, out.exit_index.shape
+    (torch.Size([2, 100]), torch.Size([2]))
     """
 
     def __init__(

@@ -279,7 +279,12 @@ def add_exits(
         exit_head: str = 'bottleneck',
         num_classes: Optional[int] = None,
 ) -> MultiExit:
-    """Add exits to any timm model auxiliary exits; its weights stay as they are. See `MultiExit`."""
+    """Add exits to any timm model auxiliary exits; its weights stay as they are. See `MultiExit`.
+
+    >>> import timm
+    >>> add_exits(timm.create_model('test_resnet'), exits=(2, 3)).num_exits
+    3
+    """
     return MultiExit(model, exits=exits, exit_head=exit_head, num_classes=num_classes)
 
 
