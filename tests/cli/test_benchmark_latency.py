@@ -1,15 +1,14 @@
 """The benchmark of early exit, on a network that is small and knows nothing."""
 import csv
-import importlib
 import sys
 
 import pytest
 import timm
 import torch
 import yaml
-from helpers import RECIPES
 from helpers.images import write_two_colours
 
+from timm_selfdistill.cli.benchmark import _main as main
 from timm_selfdistill.costs import exit_costs
 from timm_selfdistill.errors import ConfigError, DataError
 from timm_selfdistill.hub.networks import save_model
@@ -20,8 +19,6 @@ SETTINGS = dict(num_classes=8, exits=(2, 3), exit_head='linear')
 @pytest.fixture
 def benchmark(run, monkeypatch):
     """Runs the recipe and returns its table."""
-    monkeypatch.syspath_prepend(RECIPES)
-    main = importlib.import_module('benchmark').main
     table = run / 'latency.csv'
 
     def call(*arguments):

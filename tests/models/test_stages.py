@@ -3,10 +3,11 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_selfdistill.costs import exit_costs
 from timm_selfdistill.models.multi_exit import add_exits
-from timm_selfdistill.models.probe import count_macs, meta_copy, take_taps
+from timm_selfdistill.models.probe import count_macs, meta_copy, meta_probe, take_taps
 from timm_selfdistill.models.stages import Stage, choose_exits, find_stages
 
 
@@ -189,3 +190,23 @@ def test_a_network_of_another_type_of_numbers_is_probed_in_it():
     logits = model.forward_exits(torch.randn(1, 3, 160, 160, dtype=torch.bfloat16))
     assert [z.dtype for z in logits] == [torch.bfloat16] * model.num_exits
     assert list(exit_costs(model)) == [*(f'exit{i}' for i in range(model.num_exits)), 'ensemble']
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext'])
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_macs_are_those_of_torchs_counter_in_any_mode(name, mode):
+    model = timm.create_model(name).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as theirs:
+        meta_copy(model)(torch.empty(1, 3, 160, 160, device='meta'))
+    with mode():
+        assert count_macs(*meta_probe(model, (3, 160, 160)))[0] == theirs.get_total_flops() // 2 > 0
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(bidirectional=True), dict(num_layers=2, bias=False)])
+def test_lstms_on_the_meta_device_cost_what_they_cost(kwargs):
+    lstm, x = torch.nn.LSTM(6, 5, batch_first=True, **kwargs), torch.randn(3, 7, 6)
+    with torch.no_grad(), FlopCounterMode(display=False) as theirs:
+        lstm.to('meta')(x.to('meta'))
+    macs, (out, _) = count_macs(lstm, x.to('meta'))
+    assert macs == theirs.get_total_flops() // 2 > 0
+    assert out.shape == (3, 7, 5 * (1 + kwargs.get('bidirectional', False)))

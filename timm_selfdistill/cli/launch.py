@@ -76,6 +76,8 @@ def run_command(main: Callable[[], None]) -> None:
     except (Exception, KeyboardInterrupt) as e:
         # what is still to come is no one's concern; Python would show a traceback for every piece of it
         atexit.register(_end_at_once)
+        for number, _ in handlers:  # a launcher that stops the others now must not cut the report short
+            signal.signal(number, signal.SIG_IGN)
         if isinstance(e, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or else Python fails when it flushes
         if _speaks(e):

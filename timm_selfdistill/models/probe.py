@@ -1,6 +1,7 @@
 """Copies of a network to look at it: on the meta device, in eval mode, with its MACs counted."""
 import copy
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -138,6 +139,11 @@ _META_SHORTCUTS: Dict[Any, Callable[..., Any]] = {
 }
 
 
+@cache
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), 'CompositeImplicitAutograd')
+
+
 class ShortLSTMs(TorchFunctionMode):
     """Runs LSTMs on the meta device without their loop over time: as products of the same sizes, so of as many MACs."""
 
@@ -183,6 +189,9 @@ class MacCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if _is_composite(func):  # in inference mode torch does not take them apart before they come here
+            with self:
+                return func.decompose(*args, **kwargs)
         shortcut = _META_SHORTCUTS.get(func) if args and getattr(args[0], 'is_meta', False) else None
         out = func(*args, **kwargs) if shortcut is None else shortcut(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
