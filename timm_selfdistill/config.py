@@ -43,8 +43,11 @@ _run = partial(_setting, group='run')
 class TrainConfig:
     """Train a multi-exit network by self-distillation."""
 
-    model: str = _model('resnet18', shown=True)
-    """Any timm model; resnet50 and resnet50_sd mean the same."""
+    model: str = _model('resnet18', kind='path', hub_id=True, shown=True)
+    """What to train: a timm name (resnet50 and resnet50_sd mean the same), or a network with its weights: the folder of
+    a run, hf-hub:org/name or local-dir:folder, with exits or without."""
+    initial_checkpoint: Optional[str] = _model(None, kind='path')
+    """File of weights to start from, safetensors or .pth, of the network with exits or without."""
     backbone_pretrained: bool = _model(False)
     """Start from timm's weights in the backbone (a tag in --model picks which: resnet50.a1_in1k)."""
     num_classes: Optional[int] = _model(None, at_least=1)
@@ -55,10 +58,11 @@ class TrainConfig:
     """Side of the images in pixels. When None their own, between 32 and what the model was made for; with pretrained
     weights and for models of one fixed size the latter."""
     exits: Optional[Tuple[int, ...]] = _model(None)
-    """Indices of feature_info after which auxiliary exits stand; the stage boundaries when None."""
-    exit_head: str = _model('bottleneck')
+    """Indices of feature_info after which auxiliary exits stand; when None those of the network in --model, else the
+    stage boundaries."""
+    exit_head: Optional[str] = _model(None)
     """Kind of exit head: bottleneck, bottleneck-attention, bottleneck-wide, cascade, linear, pooled, separable or
-    separable-double."""
+    separable-double. When None that of the network in --model, else bottleneck."""
     model_kwargs: Tuple[str, ...] = _model(())
     """More arguments of the model, as key=value."""
 
@@ -72,6 +76,9 @@ class TrainConfig:
     """Column of the labels, where the data set leaves a choice."""
     superclass_column: Optional[str] = _data(None)
     """Column of the superclasses of the labels; with it generations tell how much of them a network knows."""
+    unlabelled: bool = _data(False)
+    """Learn from images without labels, any under --data-dir: the deepest exit alone teaches the others. Takes --regime
+    disjoint and --alpha 1; the exits are judged by their agreement with the deepest one."""
     val_fraction: float = _data(0.1)
     """Share of the training data held out for validation where the data set has no such split."""
     streaming: bool = _data(False)
@@ -89,6 +96,11 @@ class TrainConfig:
     method: Literal['byot', 'deep-supervision', 'kd', 'plain'] = _method('byot', shown=True)
     """byot: the deepest exit teaches the others. deep-supervision: labels alone at every exit. kd: no exits, --teacher
     teaches. plain: no exits."""
+    regime: Literal['joint', 'disjoint', 'mixed'] = _method('joint')
+    """Who learns when. joint: the network and its auxiliary exits together. disjoint: the network stays bit for bit
+    what it is, and the auxiliary exits learn. mixed: first the network alone, then all together."""
+    backbone_epochs: Optional[int] = _method(None, at_least=1, at_most='epochs')
+    """First epochs, of --epochs, in which a mixed run trains the network alone; half of them when None."""
     alpha: float = _method(0.5, at_least=0, at_most=1)
     """Share of the divergence against the cross entropy at auxiliary exits."""
     alpha_end: Optional[float] = _method(None, at_least=0, at_most=1)
@@ -136,6 +148,8 @@ class TrainConfig:
 
     epochs: int = _optim(20, at_least=1, shown=True)
     """Passes over the training data."""
+    max_steps: Optional[int] = _optim(None, at_least=1)
+    """End after this many optimizer steps, for a trial; rates change as they would in the whole run."""
     batch_size: int = _optim(64, at_least=1, shown=True)
     """Images of one optimizer step, over all processes together: their number changes neither images nor rate."""
     grad_accum_steps: int = _optim(1, at_least=1)
@@ -239,6 +253,13 @@ class TrainConfig:
         """Whether the method trains auxiliary exits."""
         return self.method not in ('kd', 'plain')
 
+    @property
+    def epochs_alone(self) -> int:
+        """First epochs in which the network learns without its auxiliary exits."""
+        if self.regime != 'mixed':
+            return 0
+        return self.backbone_epochs if self.backbone_epochs is not None else max(1, self.epochs // 2)
+
     def model_arguments(self) -> Dict[str, Any]:
         """Return `model_kwargs` as a dict, values read as Python literals where they are such."""
         arguments = {}
@@ -285,7 +306,9 @@ class TrainConfig:
             raise ConfigError(f'`scale={self.scale[0]} {self.scale[1]}`: expected two rising numbers from 0 to 1.')
         self.model_arguments()
         self.checkpoint_interval()
+        self._check_weights()
         self._check_data()
+        self._check_regime()
         self._check_teaching()
 
     def _check_bounds(self, name: str, metadata: Mapping[str, Any]) -> None:
@@ -301,6 +324,59 @@ class TrainConfig:
         if low is not None and (not low <= value <= (math.inf if high is None else high) or value == math.inf):
             allowed = f'a number of {low} or more' if high is None else f'a number from {low} to {high}'
             raise ConfigError(f'`{name}={value}`: expected {allowed}.')
+
+    def _check_weights(self) -> None:
+        """Raise ConfigError where the network is to start from two weights."""
+        if self.initial_checkpoint is not None and self.backbone_pretrained:
+            raise ConfigError(
+                f'`initial_checkpoint={self.initial_checkpoint}`: with `backbone_pretrained` the network has timm\'s '
+                f'weights; leave out one of them.'
+            )
+
+    def _check_regime(self) -> None:
+        """Raise ConfigError for settings that the regime excludes or needs."""
+        if self.regime != 'joint' and not self.has_exits:
+            raise ConfigError(
+                f'`regime={self.regime}`: `method={self.method}` trains no auxiliary exits; expected '
+                f'`method=byot` or `method=deep-supervision`.'
+            )
+        if self.backbone_epochs is not None and self.regime != 'mixed':
+            raise ConfigError(f'`backbone_epochs={self.backbone_epochs}`: goes with `regime=mixed` only.')
+        if self.regime == 'mixed' and not self.epochs_alone < self.epochs:
+            allowed = f'a number from 1 to {self.epochs - 1}' if self.epochs > 1 else '`epochs` of 2 or more'
+            raise ConfigError(
+                f'`backbone_epochs={self.epochs_alone}`: of `epochs={self.epochs}` none would be left for the '
+                f'auxiliary exits; expected {allowed}.'
+            )
+        if self.regime == 'disjoint':
+            excluded = dict(generations=None, last_phase_epochs=0, patriarch='plain')
+            for name, without in excluded.items():
+                if getattr(self, name) != without:
+                    raise ConfigError(
+                        f'`{name}={getattr(self, name)}`: with `regime=disjoint` the network itself learns nothing.')
+            if self.exit_weights == 'equilibrium':
+                raise ConfigError(
+                    '`exit_weights=equilibrium`: scales gradients in the network, which has none with '
+                    '`regime=disjoint`.')
+        if self.unlabelled:
+            self._check_unlabelled()
+
+    def _check_unlabelled(self) -> None:
+        """Raise ConfigError for settings that need labels."""
+        if (self.method, self.regime) != ('byot', 'disjoint'):
+            raise ConfigError(
+                f'`unlabelled`: `method={self.method}` with `regime={self.regime}` learns from labels; expected '
+                f'`method=byot` with `regime=disjoint`.'
+            )
+        if self.alpha != 1 or self.alpha_end not in (None, 1):
+            alpha = 'alpha' if self.alpha != 1 else 'alpha_end'
+            raise ConfigError(
+                f'`unlabelled`: `{alpha}={getattr(self, alpha):g}` leaves a share to the labels; expected `alpha=1`.')
+        for name in ('dataset', 'label_column', 'superclass_column', 'teacher', 'streaming'):
+            if getattr(self, name):
+                raise ConfigError(f'`{name}={getattr(self, name)}`: cannot be had together with `unlabelled`.')
+        if self.data_dir is None:
+            raise ConfigError('`unlabelled`: pass `data_dir`, a folder of images.')
 
     def _check_data(self) -> None:
         """Raise ConfigError for settings about data that exclude or need each other."""

@@ -287,7 +287,7 @@ def _is(setting: Union[float, torch.Tensor], number: float) -> bool:
 
 def self_distillation_loss(
         logits: Sequence[torch.Tensor],
-        target: torch.Tensor,
+        target: Optional[torch.Tensor],
         hints: Optional[Sequence[Optional[torch.Tensor]]] = None,
         hint_target: Optional[torch.Tensor] = None,
         alpha: float = 0.5,
@@ -308,7 +308,8 @@ def self_distillation_loss(
 
     Args:
         logits: One tensor (N, num_classes) an exit, shallow to deep.
-        target: Labels (N,), or class probabilities (N, num_classes) if the criterion takes them.
+        target: Labels (N,), or class probabilities (N, num_classes) if the criterion takes them. None where there are
+            none, which takes an `alpha` of 1: the exits then learn from the deepest one alone, which learns nothing.
         hints: One tensor an auxiliary exit, (N, num_features) or (N, num_features, H, W), None at an exit that has no
             hint; not needed where `hint_weight` is 0.
         hint_target: The same of the deepest exit.
@@ -325,6 +326,9 @@ def self_distillation_loss(
         The loss, a scalar, and its terms by name without their weights and detached: those of `supervision_terms` for
         every exit (`ce<i>`, ...), `kl<i>` and `hint<i>` for the auxiliary ones, numbered from 0.
 
+    Raises:
+        ValueError: There are no labels, and `alpha` is not 1.
+
     >>> logits = [torch.randn(4, 10) for _ in range(3)]
     >>> loss, terms = self_distillation_loss(logits, torch.tensor([0, 1, 2, 3]), hint_weight=0.)
     >>> sorted(terms)
@@ -340,7 +344,9 @@ def self_distillation_loss(
         terms.update((f'{name}{i}', value) for name, (_, value) in weighted.items())
         return sum(weight * value for weight, value in weighted.values())
 
-    loss = supervised(deepest)
+    if target is None and not _is(alpha, 1):
+        raise ValueError(f'target=None: without labels only alpha=1 can be had, not alpha={alpha}.')
+    loss = supervised(deepest) if target is not None else logits[deepest].new_zeros(())
     for i, teachers in enumerate(exit_teachers(logits, exit_teacher)):
         weight = 1.0 if weights is None else weights[i]
         if not _is(alpha, 1):

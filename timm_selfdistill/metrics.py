@@ -149,6 +149,7 @@ def evaluate_exits(
         device: Optional[torch.device] = None,
         distributed: bool = False,
         ensemble: Callable[[List[torch.Tensor]], torch.Tensor] = ensemble_logits,
+        agreement: bool = False,
 ) -> 'OrderedDict[str, Dict[str, Any]]':
     """Measure every exit and the ensemble of all.
 
@@ -159,6 +160,7 @@ def evaluate_exits(
         device: Where to compute.
         distributed: Sum the counts over all processes.
         ensemble: Makes the ensemble's logits (N, num_classes) of the list of all exits'.
+        agreement: Take what the deepest exit answers for the labels; those given are not looked at.
 
     Returns:
         By exit name (see `exit_names`): loss (mean negative log likelihood), top1, top5, ece in percent, and the
@@ -170,6 +172,8 @@ def evaluate_exits(
         for images, target in batches:
             images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
             logits = model.forward_exits(images)
+            if agreement:
+                target = logits[-1].argmax(-1)
             for evaluator, output in zip(evaluators.values(), [*logits, ensemble(logits)]):
                 evaluator.update(output, target)
     return OrderedDict((name, evaluator.compute(distributed)) for name, evaluator in evaluators.items())

@@ -131,6 +131,13 @@ class SelfDistillationModule(nn.Module):
 
     Attributes:
         detach_taps: Train the backbone by the deepest exit alone; the other exits follow it.
+        backbone_alone: Train the backbone by the deepest exit alone; the other exits do not even run.
+
+    A frozen backbone (`MultiExit.freeze_backbone`, called before) is no part of this module's state: checkpoints and
+    moving averages hold what is trained. Loading such a state leaves the backbone as it is.
+
+    Raises:
+        ValueError: Gradients of a frozen backbone are to be scaled.
     """
 
     def __init__(self, model: MultiExit, config: DistillationConfig = DistillationConfig()):
@@ -138,14 +145,18 @@ class SelfDistillationModule(nn.Module):
         self.model = model
         self.hint_on = config.hint_on
         self.hint_linear = config.hint_linear
-        self.detach_taps = False
+        self.detach_taps = self.backbone_alone = False
         like = next(model.parameters())
         heads = list(model.exit_heads) if config.hint_weight > 0 else []
         self.projections = nn.ModuleList(
             self._projection(head) for head in (heads[:-1] if config.hint_exits == 'all-but-last' else heads)
         ).to(device=like.device, dtype=like.dtype)
         if config.exit_weights == 'equilibrium':
+            if model.backbone_frozen:
+                raise ValueError('exit_weights=equilibrium: scales gradients in a backbone, and a frozen one has none.')
             self._scale_gradients()
+        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_load_state_dict_post_hook(_expect_no_frozen)
 
     def _projection(self, head: nn.Module) -> nn.Module:
         if self.hint_on == 'maps':
@@ -167,6 +178,11 @@ class SelfDistillationModule(nn.Module):
 
     def _scale_gradient(self, scale: float, gradient: torch.Tensor) -> torch.Tensor:
         return gradient if self.detach_taps else gradient * scale
+
+    def is_frozen(self, name: str) -> bool:
+        """Return whether a parameter or buffer of this module belongs to a frozen backbone."""
+        of_deepest = name.startswith('model.') and not name.startswith('model.exit_heads.')
+        return self.model.backbone_frozen and of_deepest
 
     def no_weight_decay(self):
         return {f'model.{n}' for n in self.model.no_weight_decay()}
@@ -200,6 +216,8 @@ class SelfDistillationModule(nn.Module):
             (N, num_features), or maps (N, num_features, H, W), None at exits without a hint; the same of the deepest
             exit, detached, None where no exit has a hint.
         """
+        if self.backbone_alone:
+            return [self.model(x)], [], None
         without = [None] * (self.num_exits - 1 - len(self.projections))
         if not len(self.projections):
             return self.model.forward_exits(x, detach_taps=self.detach_taps), without, None
@@ -213,10 +231,22 @@ class SelfDistillationModule(nn.Module):
         return logits, hints + without, seen[-1]
 
 
+def _drop_frozen(module: SelfDistillationModule, state: Dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [n for n in state if n.startswith(prefix) and module.is_frozen(n[len(prefix):])]:
+        del state[name]
+
+
+def _expect_no_frozen(module: SelfDistillationModule, keys: Any) -> None:
+    # the names have the prefixes of the modules around this one
+    for name in [n for n in keys.missing_keys if module.is_frozen('model.' + n.partition('model.')[2])]:
+        keys.missing_keys.remove(name)
+
+
 class SelfDistillationTask(TrainingTask):
     """Be Your Own Teacher (Zhang et al., ICCV 2019, arXiv 1905.08094): the deepest exit teaches the shallow ones.
 
-    With a model without auxiliary exits it is plain training. With a `patriarch` the network becomes a tolerant
+    With a model without auxiliary exits it is plain training; with a frozen backbone (`MultiExit.freeze_backbone`) the
+    auxiliary exits alone learn. With a `patriarch` the network becomes a tolerant
     patriarch, with a `teacher` the student of one (Yang et al., AAAI 2019, arXiv 1805.05551) or of any other network
     (classic distillation), at every one of its exits.
 
@@ -328,6 +358,18 @@ class SelfDistillationTask(TrainingTask):
         """Train the backbone by the deepest exit alone; the other exits follow it without changing it."""
         unwrap_model(self.trainable_module).detach_taps = enable
 
+    def set_backbone_alone(self, enable: bool = True) -> None:
+        """Train the backbone by the deepest exit alone, without running the other exits."""
+        unwrap_model(self.trainable_module).backbone_alone = enable
+
+    def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Create a moving average of what is trained, see timm; it shares a frozen backbone with the network itself."""
+        ema = super().setup_ema(*args, **kwargs)
+        model, average = self.get_eval_model(), self.get_eval_model(ema=True)
+        if model.backbone_frozen:
+            average.backbone, average.head = model.backbone, model.head
+        return ema
+
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'SelfDistillationTask':
         """Wrap the model and its projections in DistributedDataParallel."""
         from torch.nn.parallel import DistributedDataParallel as DDP
@@ -366,12 +408,13 @@ class SelfDistillationTask(TrainingTask):
         if state and module is not None:
             unwrap_model(module).projections.load_state_dict(state['projections'], strict=strict)
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, input: torch.Tensor, target: Optional[torch.Tensor] = None) -> Dict[str, torch.Tensor]:
         """Forward pass through all exits and the loss.
 
         Args:
             input: Images (N, C, H, W).
-            target: Labels (N,), or class probabilities (N, num_classes) with a criterion that takes them.
+            target: Labels (N,), or class probabilities (N, num_classes) with a criterion that takes them; None where
+                there are none, see `self_distillation_loss`.
 
         Returns:
             `loss`, the scalar to differentiate; `output`, logits of the deepest exit (N, num_classes); and the loss's

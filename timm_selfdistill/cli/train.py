@@ -4,7 +4,6 @@ Several processes on CPUs: `torchrun --nproc_per_node 2 recipes/train.py ...`.
 """
 import sys
 
-from ..training.generations import train_generations
 from ..training.trainer import train
 from .launch import run_command
 from .options import parse_train_config
@@ -13,11 +12,7 @@ __all__ = ['main']
 
 
 def _main() -> None:
-    config = parse_train_config(sys.argv[1:])
-    if config.generations is None:
-        train(config)
-    else:
-        train_generations(config)
+    train(parse_train_config(sys.argv[1:]))
 
 
 def main() -> None:

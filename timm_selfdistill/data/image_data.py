@@ -148,7 +148,8 @@ class ImageData:
         """Return what was found: splits and classes with their counts, then the notes."""
         counts = [f'{len(p):,} {n}' if hasattr(p, '__len__') else f'some {n}' for n, p in self.splits().items()]
         named = f': {shortened(self.label_names)}' if self.label_names else ', without names'
-        return [f'{self.name}: {", ".join(counts)} images; {self.num_classes} classes{named}', *self.notes]
+        classes = f'{self.num_classes} classes{named}' if self.num_classes else 'no labels'
+        return [f'{self.name}: {", ".join(counts)} images; {classes}', *self.notes]
 
 
 def hold_out(split: ImageSplit, fraction: float, name: str = 'validation') -> Tuple[ImageSplit, ImageSplit]:

@@ -17,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from ..errors import DataError, counted
 from .split_names import allowed_names, choose_splits, split_of
 
-__all__ = ['IMAGE_SUFFIXES', 'read_image_folder', 'walk']
+__all__ = ['IMAGE_SUFFIXES', 'is_image', 'read_image_folder', 'walk']
 
 IMAGE_SUFFIXES = frozenset((*ImageFolder.EXTENSIONS, *IMG_EXTENSIONS, '.avif', '.avifs', '.pfm', '.qoi'))
 
@@ -54,7 +54,8 @@ def _is_above(folder: str, other: str) -> bool:
     return os.path.join(other, '').startswith(os.path.join(folder, ''))
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Return whether the name of a file ends as those of images do."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
@@ -64,11 +65,11 @@ def _folders(folder: Path) -> List[str]:
 
 def _images_in(folder: Path) -> int:
     """Count the images directly in a folder."""
-    return sum(_is_image(entry.name) and not entry.is_dir() for entry in os.scandir(folder))
+    return sum(is_image(entry.name) and not entry.is_dir() for entry in os.scandir(folder))
 
 
 def _images_below(folder: Path) -> int:
-    return sum(_is_image(name) for _, files in walk(folder) for name in files)
+    return sum(is_image(name) for _, files in walk(folder) for name in files)
 
 
 def _holds_classes(folder: Path) -> bool:
@@ -128,7 +129,7 @@ def _check_class_folders(folder: Path, names: List[str]) -> None:
 def _read_split(folder: Path, aside: 'Counter[str]', notes: List[str]) -> List[Tuple[str, str]]:
     """Return path and class of every image of a split."""
     def keep(path: str) -> bool:
-        if not _is_image(path):
+        if not is_image(path):
             aside[os.path.splitext(path)[1].lower() or 'no ending'] += 1
             return False
         if not os.path.isfile(path):

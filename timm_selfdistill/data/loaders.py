@@ -17,6 +17,7 @@ from .image_data import ImageData, ImageSplit, load_image_data
 from .source import DataSource, Shard
 from .streamed_loader import create_streamed_eval_loader, create_streamed_train_loader
 from .streaming import load_streamed_data
+from .unlabelled import load_unlabelled_data
 from .unreadable import Unreadable, find_unreadable, leave_out, read_unreadable
 from .workers import create_eval_loader, create_train_loader
 
@@ -45,6 +46,8 @@ def open_data(
     """
     source = DataSource.of_run(config, class_names)
     with accelerator.main_process_first():
+        if config.unlabelled:
+            return load_unlabelled_data(source)
         return load_streamed_data(source) if config.streaming else load_image_data(source)
 
 

@@ -30,6 +30,7 @@ class DataSource:
         images_per_epoch: Training images of a stream that count as an epoch; all of them when None, where their number
             is known.
         skip_unreadable: Images that cannot be read are left out.
+        unlabelled: Any image below `data_dir` belongs to it, and there are no labels.
 
     Raises:
         DataError: A number is out of range.
@@ -48,6 +49,7 @@ class DataSource:
     class_names: Optional[Sequence[str]] = None
     images_per_epoch: Optional[int] = None
     skip_unreadable: bool = False
+    unlabelled: bool = False
 
     def __post_init__(self):
         if not 0 <= self.val_fraction < 1:

@@ -1,5 +1,6 @@
 """MultiExit: a timm network with auxiliary exits, behind timm's own model contract."""
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -39,6 +40,7 @@ class MultiExit(BackboneWrapper):
         head: The deepest exit's classifier where the backbone has none of its own, else None.
         stages: Every place where the backbone may be cut.
         distilled_training: Whether `forward` gives all exits while training.
+        backbone_frozen: Whether only the auxiliary exits learn, see `freeze_backbone`.
         exit_rule: When images leave early, for `EarlyExit` unless it is given another rule. None without one.
 
     Raises:
@@ -73,7 +75,7 @@ class MultiExit(BackboneWrapper):
 
         self.exits = choose_exits(self.stages, exits, name, head_macs)
         self.exit_head = exit_head
-        self.distilled_training = False
+        self.distilled_training = self.backbone_frozen = False
         self.exit_rule: Optional[ExitRule] = None
         self.exit_heads = nn.ModuleList(
             create_head(num_classes=backbone.num_classes, first=i == self.exits[0], **settings[i]) for i in self.exits
@@ -101,6 +103,39 @@ class MultiExit(BackboneWrapper):
     def set_distilled_training(self, enable: bool = True) -> None:
         """Switch `forward` to all exits while in training mode, as timm's distilled DeiT does."""
         self.distilled_training = enable
+
+    def freeze_backbone(self) -> None:
+        """Keep the deepest exit bit for bit what it is from now on: the auxiliary exits alone learn.
+
+        All of the backbone, and the classifier of an encoder, stop asking for gradients and stay in eval mode, so that
+        running averages, dropout and stochastic depth stand still, whatever `train()` is told. `forward_exits` runs
+        them without a graph and keeps none of their activations. This is the disjoint regime of "How to Train Your
+        Multi-Exit Model?" (arXiv 2407.14320).
+
+        >>> import timm
+        >>> model = add_exits(timm.create_model('test_resnet'), exits=(2, 3))
+        >>> model.freeze_backbone()
+        >>> model.train().backbone.training, model.exit_heads.training
+        (False, True)
+        """
+        self.backbone_frozen = True
+        for module in self._deepest_exit():
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def _deepest_exit(self) -> List[nn.Module]:
+        return [self.backbone] if self.head is None else [self.backbone, self.head]
+
+    def train(self, mode: bool = True) -> 'MultiExit':
+        """Set the mode; a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self.backbone_frozen:
+            for module in self._deepest_exit():
+                module.eval()
+        return self
+
+    def _deepest_grad(self) -> ContextManager:
+        return torch.no_grad() if self.backbone_frozen else nullcontext()
 
     def forward(self, x: torch.Tensor) -> Union[torch.Tensor, List[torch.Tensor]]:
         """Classify images.
@@ -157,12 +192,13 @@ class MultiExit(BackboneWrapper):
         deepest = self._check_exit(self.num_exits - 1 if upto is None else upto) == self.num_exits - 1
         indices = self.exits + ((len(self.stages) - 1,) if return_maps else ())
         try:
-            if not deepest:
-                final, taps = None, take_taps(self.backbone, x, self.exits[:upto + 1])
-            elif indices:
-                final, taps = take_taps(self.backbone, x, indices, with_final=True)
-            else:
-                final, taps = self.backbone.forward_features(x), ()
+            with self._deepest_grad():
+                if not deepest:
+                    final, taps = None, take_taps(self.backbone, x, self.exits[:upto + 1])
+                elif indices:
+                    final, taps = take_taps(self.backbone, x, indices, with_final=True)
+                else:
+                    final, taps = self.backbone.forward_features(x), ()
         except (AssertionError, RuntimeError) as error:
             self.explain_refusal(x, error)
             raise
@@ -172,7 +208,8 @@ class MultiExit(BackboneWrapper):
         features = [head.pool(m) for head, m in zip(self.exit_heads, maps)]
         logits = chain_logits(self.exit_heads, features)
         if deepest:
-            logits.append(self.forward_head(final))
+            with self._deepest_grad():
+                logits.append(self.forward_head(final))
         if return_maps:
             return logits, maps + ([taps[-1].detach()] if deepest else [])
         if not return_features:
@@ -242,6 +279,8 @@ class MultiExit(BackboneWrapper):
         like = next(self.backbone.parameters())
         for head in heads:
             head.reset_classifier(num_classes, device=like.device, dtype=like.dtype)
+        if self.backbone_frozen:
+            self.freeze_backbone()
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Map the final features, as `forward_features` gives them, to the deepest exit's logits (N, num_classes)."""
@@ -279,7 +318,7 @@ def add_exits(
         exit_head: str = 'bottleneck',
         num_classes: Optional[int] = None,
 ) -> MultiExit:
-    """Add exits to any timm model auxiliary exits; its weights stay as they are. See `MultiExit`.
+    """Add auxiliary exits to any timm model; its weights stay as they are. See `MultiExit`.
 
     >>> import timm
     >>> add_exits(timm.create_model('test_resnet'), exits=(2, 3)).num_exits

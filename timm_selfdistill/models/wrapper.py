@@ -130,7 +130,7 @@ class BackboneWrapper(nn.Module):
 
         What is not the backbone's then keeps the weights it has.
         """
-        if not state_dict or any(k.startswith('backbone.') for k in state_dict):
+        if not state_dict or any(k.startswith(('backbone.', 'exit_heads.')) for k in state_dict):
             return state_dict
         own = self.state_dict()
         fitted = {f'backbone.{k}': v for k, v in state_dict.items()}

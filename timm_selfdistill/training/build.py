@@ -6,84 +6,140 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import timm
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file
 from timm.data import resolve_data_config
-from timm.models import split_model_name_tag
 from timm.optim import get_optimizer_info
 
 from ..config import TrainConfig
 from ..costs import exit_costs
 from ..data.image_data import ImageData
 from ..data.labels import match_classes
-from ..errors import ConfigError, DataError, nearest, reason_of
+from ..errors import ConfigError, DataError, reason_of
 from ..hub.networks import class_names, load_network
 from ..models.multi_exit import MultiExit
-from ..models.names import SUFFIX, model_name
+from ..models.names import SUFFIX, model_name, names_tuple, times
 from ..models.probe import count_macs, meta_copy
+from ..publishing import place_name
 from ..tasks import DistillationConfig, Linear, SelfDistillationTask
+from .initial import InitialNetwork, Loaded, find_network, load_weights, read_weights
 
-__all__ = ['LOOKAHEAD', 'build_model', 'build_task', 'check_optimizer', 'check_slices', 'resolve_model_name']
+__all__ = ['LOOKAHEAD', 'BuiltModel', 'build_model', 'build_task', 'check_optimizer', 'check_slices']
 
 # timm's prefix of the names of optimizers that look ahead (Zhang et al., NeurIPS 2019, arXiv 1907.08610).
 LOOKAHEAD = 'lookahead_'
 
 
-def resolve_model_name(model: str) -> Tuple[str, str]:
-    """Split `--model` into the registered multi-exit name and the tag of the backbone's weights, '' without.
-
-    Raises:
-        ConfigError: timm has no such model; the message offers the nearest names.
-    """
-    base, tag = split_model_name_tag(model)
-    base = base.removesuffix(SUFFIX)
-    if timm.is_model(base + SUFFIX):
-        return base + SUFFIX, tag
-    names = (name for name in timm.list_models() if not name.endswith(SUFFIX))
-    raise ConfigError(f'`model={model}`: timm has no such model{nearest(base, names)}.')
-
-
-def _image_size(config: TrainConfig, cfg: Any, data: ImageData) -> int:
-    own = cfg.input_size[-1]
+def _image_size(config: TrainConfig, own: int, cfg: Any, trained: bool, data: ImageData) -> Tuple[int, str]:
+    """Return the side of the images, and why it is that."""
     if config.img_size:
-        return config.img_size
-    if cfg.fixed_input_size or config.backbone_pretrained:
-        return own
+        return config.img_size, 'as asked for'
+    if cfg.fixed_input_size:
+        return own, 'the one size that the network takes'
+    if trained:
+        return own, 'what the weights were trained at'
     smallest = cfg.min_input_size[-1] if cfg.min_input_size else 32
-    return min(own, max(smallest, *data.image_size))
+    size = min(own, max(smallest, *data.image_size))
+    height, width = data.image_size
+    if size == own:
+        return own, f'the network\'s own size; the first image has {height}×{width}'
+    if size == smallest and size > max(height, width):
+        return size, f'the smallest that the network takes; the first image has {height}×{width}'
+    return size, f'that of the first image, {height}×{width}; `img_size` sets another'
 
 
-def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[str, Any]]:
-    """Create the network that a config asks for, and the preprocessing that goes with it.
+@dataclasses.dataclass
+class BuiltModel:
+    """A network to train.
 
-    Returns:
-        The network, and a data config as `timm.data.resolve_data_config` makes them.
+    Attributes:
+        model: The network, with the weights that it starts from.
+        data_config: Its preprocessing, as `timm.data.resolve_data_config` makes them.
+        notes: What is to be reported of it.
+        trained: Whether it starts from weights.
+        fresh_classifier: Whether its deepest classifier is an untrained one.
+    """
+    model: MultiExit
+    data_config: Dict[str, Any]
+    notes: List[str]
+    trained: bool
+    fresh_classifier: bool
+
+
+def _num_classes(
+        config: TrainConfig,
+        network: InitialNetwork,
+        data: ImageData,
+        weights: Optional[Dict[str, torch.Tensor]],
+) -> int:
+    """Return the number of classes of the network.
 
     Raises:
-        ConfigError: The model is unknown, has fewer classes than the data, or refuses its arguments or image size.
+        ConfigError: It is to have fewer than the data, or, without labels, is not known.
     """
-    name, tag = resolve_model_name(config.model)
-    num_classes = config.num_classes or data.num_classes
-    if num_classes < data.num_classes:
+    count = config.num_classes or data.num_classes
+    if count < data.num_classes:
         raise ConfigError(
-            f'`num_classes={num_classes}`: {data.name} has {data.num_classes} classes, the model needs as many or more.'
-        )
+            f'`num_classes={count}`: {data.name} has {data.num_classes} classes, the model needs as many or more.')
+    if count:
+        return count
+    cfg = timm.get_pretrained_cfg(network.name.removesuffix(SUFFIX))
+    if network.where is not None:
+        return network.cfg['num_classes']
+    if weights is not None:
+        names = [f'{prefix}{name}.weight' for name in names_tuple(cfg.classifier) for prefix in ('', 'backbone.')]
+        return next((weights[name].shape[0] for name in names if name in weights), cfg.num_classes)
+    if config.backbone_pretrained:
+        return cfg.num_classes
+    raise ConfigError(
+        '`unlabelled`: the deepest exit teaches, so the network has to be trained; pass `model` with the folder of a '
+        'run, `initial_checkpoint` or `backbone_pretrained`.'
+    )
+
+
+def build_model(config: TrainConfig, data: ImageData, network: Optional[InitialNetwork] = None) -> BuiltModel:
+    """Create the network that a config asks for, with its weights, and the preprocessing that goes with it.
+
+    Args:
+        config: The settings.
+        data: What it is to learn from.
+        network: What `find_network` returned for `config.model`.
+
+    Raises:
+        ConfigError: The model is unknown, has fewer classes than the data, or refuses its arguments, the image size or
+            the weights.
+    """
+    network = network or find_network(config.model)
+    name = network.name
+    own = config.model_arguments()
+    file = config.initial_checkpoint or own.pop('checkpoint_path', None)
+    if file and network.where is not None:
+        raise ConfigError(
+            f'`initial_checkpoint={file}`: `model={config.model}` has weights of its own; pass a timm name.')
+    weights = read_weights(str(file)) if file else None
+    trained = bool(file) or network.where is not None or config.backbone_pretrained
+    num_classes = _num_classes(config, network, data, weights)
     cfg = timm.get_pretrained_cfg(name)
-    size = _image_size(config, cfg, data)
+    view = dict(network.view)
+    size, why = _image_size(config, view.get('input_size', cfg.input_size)[-1], cfg, trained, data)
     arguments = dict(
+        network.arguments,
         num_classes=num_classes,
         in_chans=config.in_chans,
         img_size=size if cfg.fixed_input_size and size != cfg.input_size[-1] else None,
-        exits=config.exits if config.has_exits else (),
-        exit_head=config.exit_head,
-        backbone_pretrained=(tag or True) if config.backbone_pretrained else None,
+        backbone_pretrained=(network.tag or True) if config.backbone_pretrained else None,
         drop_rate=config.drop,
         drop_path_rate=config.drop_path,
     )
-    own = config.model_arguments()
+    if not config.has_exits:
+        arguments['exits'] = ()
+    elif config.exits is not None:
+        arguments['exits'] = config.exits
+    if config.exit_head is not None:
+        arguments['exit_head'] = config.exit_head
     arguments.update(own)
-    path = arguments.pop('checkpoint_path', None)
     given = ', '.join(f'{k}={v}' for k, v in arguments.items() if v is not None)
     try:
-        model = timm.create_model(name, **arguments)
+        model = timm.create_model(name, pretrained_cfg_overlay=view or None, **arguments)
         if not isinstance(model, MultiExit):
             raise ConfigError(
                 f'`model_kwargs={" ".join(config.model_kwargs)}`: with this `model={config.model}` becomes one of the '
@@ -98,37 +154,49 @@ def build_model(config: TrainConfig, data: ImageData) -> Tuple[MultiExit, Dict[s
             raise
         raise ConfigError(
             f'`model={config.model}`: {reason_of(e)} (with {given}; images of {size}×{size})') from e
-    if path:
-        _load_checkpoint(model, str(path))
+    notes, fresh = list(network.notes), not trained
+    if config.backbone_pretrained:
+        fresh = num_classes != timm.get_pretrained_cfg(name.removesuffix(SUFFIX)).num_classes
+    elif trained:
+        loaded = _load(config, model, network, weights, file, data)
+        notes.append(loaded.line)
+        fresh = loaded.fresh_classifier
+    notes.append(f'images of {times((config.in_chans, size, size))}: {why}')
     grey = config.in_chans == 1 and len(cfg.mean) != 1
+    mean, std = view.get('mean', cfg.mean), view.get('std', cfg.std)
     data_config = resolve_data_config(
         dict(
             input_size=(config.in_chans, size, size),
-            mean=config.mean or ([sum(cfg.mean) / len(cfg.mean)] if grey else None),
-            std=config.std or ([sum(cfg.std) / len(cfg.std)] if grey else None),
+            mean=config.mean or ([sum(mean) / len(mean)] if grey else None),
+            std=config.std or ([sum(std) / len(std)] if grey else None),
             crop_pct=1.0 if max(data.image_size) <= size else None,
         ),
         model=model,
     )
-    return model, data_config
+    return BuiltModel(model, data_config, notes, trained, fresh)
 
 
-def _load_checkpoint(model: nn.Module, path: str) -> None:
-    """Load the weights that `checkpoint_path` among the model's arguments names, as timm does, which says less.
-
-    Raises:
-        ConfigError: There are none, or they do not fit.
-    """
-    if not Path(path).is_file():
-        problem = 'this is a folder, a file is needed' if Path(path).is_dir() else 'there is no such file'
-        raise ConfigError(f'`model_kwargs=checkpoint_path={path}`: {problem}. Check the path.')
-    try:
-        timm.models.load_checkpoint(model, path)
-    except Exception as e:  # whatever a file may hold
-        raise ConfigError(
-            f'`model_kwargs=checkpoint_path={path}`: these are no weights of {model_name(model)}: {reason_of(e)}. '
-            f'Take a file that was saved from the same network.'
-        ) from e
+def _load(
+        config: TrainConfig,
+        model: MultiExit,
+        network: InitialNetwork,
+        weights: Optional[Dict[str, torch.Tensor]],
+        file: Optional[str],
+        data: ImageData,
+) -> Loaded:
+    """Load the weights that a run starts from into its network."""
+    if weights is not None:
+        setting = 'initial_checkpoint' if config.initial_checkpoint else 'model_kwargs=checkpoint_path'
+        return load_weights(model, weights, Path(file).name, f'`{setting}={file}`')
+    names = network.class_names, data.label_names
+    return load_weights(
+        model,
+        load_file(network.file()),
+        place_name(network.where, hub_id=True),
+        f'`model={config.model}`',
+        same_classes=None in names or names[0] == names[1],
+        exits=network.arguments.get('exits'),
+    )
 
 
 def check_slices(task: SelfDistillationTask, input_size: Sequence[int], batch_size: int, slices: int) -> None:

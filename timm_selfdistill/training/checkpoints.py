@@ -4,6 +4,7 @@
 processes, and `put_back` restores it. `Checkpoints` keeps such states on disk. One is complete or not there at all:
 it is written beside and renamed. A checksum tells a file that was damaged afterwards.
 """
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from timm.utils import unwrap_model
 
 from ..errors import CheckpointError, os_error_behind
 
-__all__ = ['Checkpoints', 'is_sharded', 'put_back', 'take', 'whole_weights']
+__all__ = ['Checkpoints', 'fingerprint', 'is_sharded', 'put_back', 'take', 'whole_weights']
 
 _STATE, _ABOUT = 'state.pt', 'about.json'
 
@@ -145,13 +146,27 @@ def _modules(task: TrainingTask) -> List[nn.Module]:
     return [unwrap_model(task.get_trainable_module(ema=ema)) for ema in (False, True)[:1 + task.has_ema()]]
 
 
-def whole_weights(task: TrainingTask, accelerator: Accelerator) -> Dict[str, torch.Tensor]:
-    """Return the state of what is trained; all processes must ask, and sharded ones leave it to the main process."""
+def whole_weights(module: nn.Module, accelerator: Accelerator) -> Dict[str, torch.Tensor]:
+    """Return the state of a module; all processes must ask, and sharded ones leave it to the main process."""
     if not is_sharded(accelerator):
-        return _modules(task)[0].state_dict()
+        return module.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(task.trainable_module, options=options)
+    return get_model_state_dict(module, options=options)
+
+
+def fingerprint(weights: Dict[str, torch.Tensor]) -> str:
+    """Return a checksum of tensors and their names: equal ones are equal bit for bit.
+
+    >>> fingerprint({'a': torch.zeros(2)}) == fingerprint({'a': torch.tensor([0., -0.])})
+    False
+    """
+    sha = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        sha.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def take(task: TrainingTask, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Dict[str, Any]:
@@ -167,10 +182,11 @@ def take(task: TrainingTask, optimizer: torch.optim.Optimizer, accelerator: Acce
         optimizer_state = optimizer.state_dict()
     trained, *average = _modules(task)
     # between two evaluations each process has batch norm averages of its own
-    buffers = [[{name: b.cpu() for name, b in m.named_buffers()} for m in (trained, *average)]]
+    buffers = [[
+        {name: b.cpu() for name, b in m.named_buffers() if not m.is_frozen(name)} for m in (trained, *average)]]
     scaler = accelerator.scaler
     return dict(
-        model=whole_weights(task, accelerator),
+        model=whole_weights(task.trainable_module if is_sharded(accelerator) else trained, accelerator),
         optimizer=optimizer_state,
         average=average[0].state_dict() if average else None,
         buffers=gather_object(buffers),
@@ -192,7 +208,7 @@ def put_back(
             optimizer.optimizer,
             model_state_dict=state['model'],
             optim_state_dict=state['optimizer'],
-            options=StateDictOptions(full_state_dict=True),
+            options=StateDictOptions(full_state_dict=True, strict=False),  # it holds nothing of a frozen backbone
         )
     else:
         optimizer.load_state_dict(state['optimizer'])
@@ -202,6 +218,7 @@ def put_back(
         own = state['buffers'][accelerator.process_index]
         for module, buffers in zip(_modules(task), own):
             for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name])
+                if name in buffers:
+                    buffer.copy_(buffers[name])
     if accelerator.scaler is not None and state['scaler']:
         accelerator.scaler.load_state_dict(state['scaler'])

@@ -10,17 +10,20 @@ from accelerate.utils import broadcast_object_list
 from ..config import INCIDENTAL, PLACES, TrainConfig
 from ..errors import ConfigError
 from ..models.names import SUFFIX
-from .build import resolve_model_name
+from .initial import find_network
 
 # Settings of older versions that left the result as it is.
 _WITHOUT_EFFECT = ('log_interval',)
+
+# What older versions wrote where None is the default now.
+_WRITTEN_OUT = dict(exit_head='bottleneck')
 
 __all__ = ['choose_folder', 'create_folder', 'recipe_problem', 'run_folder']
 
 
 def run_folder(config: TrainConfig) -> Path:
     """Return the folder that `--output` and `--experiment` name, the latter date and model when None."""
-    name, _ = resolve_model_name(config.model)
+    name = find_network(config.model).name
     if not config.has_exits:
         name = name.removesuffix(SUFFIX)
     return Path(config.output) / (config.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{name}')
@@ -108,11 +111,13 @@ def recipe_problem(
     if not before:  # killed before it was written
         return None
     before, now = {**TrainConfig().settings(), **before}, config.settings()
+    for name, value in _WRITTEN_OUT.items():
+        before[name], now[name] = before[name] or value, now[name] or value
     may_differ = {*INCIDENTAL, *incidental}
     if config.streaming:
         may_differ.discard('workers')  # each has its own share of a stream
     if moved:
-        may_differ.update(name for name in PLACES if _same_folder(before[name], now[name]))
+        may_differ.update(name for name in PLACES if _same_place(before[name], now[name]))
     # of settings that are gone since
     changed = [
         f'`{name}` was {before[name]} and is none any more'
@@ -125,5 +130,5 @@ def recipe_problem(
     return f'of another recipe: {"; ".join(changed)}' if changed else None
 
 
-def _same_folder(before: Optional[str], now: Optional[str]) -> bool:
-    return None not in (before, now) and Path(now).is_dir() and Path(before).name == Path(now).name
+def _same_place(before: Optional[str], now: Optional[str]) -> bool:
+    return None not in (before, now) and Path(now).exists() and Path(before).name == Path(now).name

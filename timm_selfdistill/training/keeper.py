@@ -9,12 +9,12 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from ..data.unreadable import list_unreadable, write_unreadable
-from ..errors import CheckpointError, NonFiniteLossError, os_error_behind
+from ..errors import CheckpointError, ConfigError, NonFiniteLossError, os_error_behind
 from ..hub.networks import save_model
 from ..models.multi_exit import MultiExit
 from ..models.names import exit_names
 from ..run_files import SUMMARY, UNREADABLE, add_row, keep_rows
-from .checkpoints import Checkpoints, is_sharded, put_back, take, whole_weights
+from .checkpoints import Checkpoints, fingerprint, is_sharded, put_back, take, whole_weights
 from .loss_meter import TermMeter
 from .records import TimeSheet
 from .reporter import Reporter
@@ -81,9 +81,35 @@ class Keeper:
         self.checkpointed: Optional[int] = None
         self.unsaved = False
         self.unwritten: List[Tuple[int, Dict[str, float], Dict[str, float], float]] = []
+        self.frozen = self._deepest_exit() if setup.frozen else None
+
+    def _deepest_exit(self) -> str:
+        """Return a checksum of the deepest exit's weights, the same in every process."""
+        weights = whole_weights(self.setup.model, self.accelerator)
+        own = {name: tensor for name, tensor in weights.items() if not name.startswith('exit_heads.')}
+        return broadcast_object_list([fingerprint(own) if self.accelerator.is_main_process else None])[0]
+
+    def check_frozen(self) -> None:
+        """Check that a frozen network is bit for bit what the run began with, and say so.
+
+        Raises:
+            RuntimeError: It is not.
+        """
+        if self.frozen is None:
+            return
+        if self._deepest_exit() != self.frozen:
+            raise RuntimeError('The deepest exit has changed in a run with regime=disjoint.')
+        self.reporter.say(
+            f'frozen  the deepest exit is bit for bit the one that the run started from (sha256 {self.frozen[:12]})')
 
     def _new_meter(self) -> TermMeter:
         return TermMeter(self.accelerator.device, self.setup.config.grad_accum_steps)
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are complete, or as many steps as the run is to have."""
+        config, progress = self.setup.config, self.progress
+        return progress.epoch == config.epochs or progress.steps == config.max_steps
 
     def how_to_resume(self) -> str:
         """Return a sentence that says how to resume the run."""
@@ -105,6 +131,7 @@ class Keeper:
             meter=self.meter.state(self.accelerator),
             at=dict(vars(self.progress)),
             where=self._where(),
+            frozen=self.frozen,
             sittings=self.times.sittings(),
         )
         # a gradient may be bad where no term of the loss is
@@ -134,6 +161,11 @@ class Keeper:
         newest, = broadcast_object_list([newest])
         if newest is not None:
             state = self.checkpoints.read(newest)
+            if state.get('frozen') != self.frozen:
+                raise ConfigError(
+                    f'`model={self.setup.config.model}`: these are not the weights that the run in {self.folder} has '
+                    f'begun with. Put those back, or begin anew with another `experiment`.'
+                )
             put_back(state, self.setup.task, self.setup.optimizer, self.accelerator)
             self.meter.load_state(state['meter'], self.accelerator)
             for name, value in state['at'].items():
@@ -168,9 +200,7 @@ class Keeper:
         """
         weights = None
         if is_sharded(self.accelerator):
-            whole = whole_weights(self.setup.task, self.accelerator)
-            prefix = 'model.' if self.setup.network is self.setup.model else 'model.backbone.'
-            weights = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+            weights = whole_weights(self.setup.network, self.accelerator)
         if not self.accelerator.is_main_process:
             return
         for folder in (self.folder, self.folder / 'best')[:1 + best]:
@@ -196,6 +226,16 @@ class Keeper:
                 add_row(summary, dict(epoch=epoch, **row, lr=rate))
         self.unwritten = []
 
+    def _merit(self, metrics: Dict[str, Dict[str, Any]]) -> Optional[float]:
+        """Return what the best epoch is chosen by: accuracy on the validation split, None where it is not to be chosen.
+
+        It is that of the deepest exit, or the mean of the auxiliary exits where those alone learn.
+        """
+        if self.setup.data.validation is None or self.progress.epoch < self.setup.config.epochs_alone:
+            return None
+        accuracies = [values['top1'] for name, values in metrics.items() if name != 'ensemble']
+        return sum(accuracies[:-1]) / len(accuracies[:-1]) if self.setup.frozen else accuracies[-1]
+
     def end_epoch(self, terms: Dict[str, float], metrics: Dict[str, Dict[str, Any]]) -> None:
         """Keep what a complete epoch has brought: weights, a line in `summary.csv`, a checkpoint.
 
@@ -204,7 +244,8 @@ class Keeper:
             metrics: What `evaluate` returned, of the validation split if there is one.
         """
         columns = _summary_metrics(self.setup.model, metrics)
-        better = self.setup.data.validation is not None and columns['top1'] > self.progress.best.get('top1', -1.)
+        merit = self._merit(metrics)
+        better = merit is not None and merit > self.progress.best.get('top1', -1.)
         self.unwritten.append((self.progress.epoch, terms, columns, self.progress.rate))
         self.unsaved = True
         try:
@@ -214,12 +255,12 @@ class Keeper:
         except (CheckpointError, OSError) as e:
             self.reporter.say(f'warning: {e} Training goes on.')
         if better and not self.unsaved:
-            self.progress.best = dict(top1=columns['top1'], epoch=self.progress.epoch)
+            self.progress.best = dict(top1=merit, epoch=self.progress.epoch)
         row = {f'train/{k}': v for k, v in terms.items()} | {f'eval/{k}': v for k, v in columns.items()}
         self.accelerator.log(dict(row, lr=self.progress.rate), step=self.progress.epoch)
         self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
         self.meter, self.checkpointed = self._new_meter(), None
         late = time.monotonic() - self.last_checkpoint > _CHECKPOINT_AGE
         late, = broadcast_object_list([late])
-        if late or self.progress.epoch == self.setup.config.epochs:
+        if late or self.done:
             self.checkpoint()

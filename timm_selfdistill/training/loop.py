@@ -53,7 +53,7 @@ class Loop:
         setup, meter, progress = self.setup, self.keeper.meter, self.keeper.progress
         task, accelerator, config = setup.task, self.accelerator, setup.config
         part = meter.batches % config.grad_accum_steps
-        # what dropout and mixup draw is a function of these, so that a run that goes on draws the same
+        # what dropout and mixup draw is a function of these, so that a resumed run draws the same
         entropy = (config.seed, progress.steps, part, accelerator.process_index)
         random_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]), rank=0)
         if setup.mixup is not None:
@@ -62,7 +62,7 @@ class Loop:
         task.set_progress((progress.steps + 0.5) / (config.epochs * setup.steps_per_epoch))
         with accelerator.accumulate(task.trainable_module):
             with accelerator.autocast():
-                result = task(images, target)
+                result = task(images, None if config.unlabelled else target)
             meter.update(result)
             if meter.batches % self.look_every == 0:
                 self.wanted |= meter.check(accelerator, progress.epoch, self._wishes())
@@ -90,6 +90,7 @@ class Loop:
             Preempted: A signal asked to stop; a checkpoint has been written.
         """
         setup, progress = self.setup, self.keeper.progress
+        setup.wrap_for(alone=progress.epoch < setup.config.epochs_alone)
         setup.task.train()
         setup.task.set_last_phase(progress.epoch >= setup.config.epochs - setup.config.last_phase_epochs)
         if progress.step == 0:
@@ -106,6 +107,8 @@ class Loop:
                 if self.train_batch(images, target):
                     self.keeper.times.lap(steps=1)
                     self._after_step()
+                    if progress.steps == setup.config.max_steps:
+                        break
         except DataError as e:
             self._give_up(e)
         self.wanted |= self.keeper.meter.check(self.accelerator, progress.epoch, self._wishes())
@@ -148,11 +151,14 @@ class Loop:
         accelerator = self.accelerator
         distributed = accelerator.num_processes > 1
         if distributed:  # each process has batch norm averages of its own slices until they are averaged
-            distribute_bn(self.setup.model, accelerator.num_processes, reduce=True)
+            learning = self.setup.model.exit_heads if self.setup.frozen else self.setup.model
+            distribute_bn(learning, accelerator.num_processes, reduce=True)
         # sharded parameters come together in the outermost module alone
         model = self.setup.task.trainable_module if is_sharded(accelerator) else self.setup.model
         try:
             with accelerator.autocast():
-                return evaluate_exits(model, readable(self.setup.loaders.evaluation(split)), self.device, distributed)
+                return evaluate_exits(
+                    model, readable(self.setup.loaders.evaluation(split)), self.device, distributed,
+                    agreement=self.setup.config.unlabelled)
         except DataError as e:
             self._give_up(e)

@@ -37,20 +37,18 @@ class Reporter:
             self,
             folder: Path,
             data: ImageData,
-            data_config: Dict[str, Any],
+            model_notes: List[str],
             costs: Dict[str, ExitCost],
             architecture: str,
             accelerator: Accelerator,
     ) -> None:
         """Report what is about to be trained on what."""
-        channels, height, width = data_config['input_size']
         shares = ', '.join(f'{name} {100 * cost.share:.0f} %' for name, cost in costs.items() if name != 'ensemble')
-        size = f'{channels}×{height}×{width}'
-        first, *notes = data.described()
-        self.say(f'data    {first}; seen at {size}')
-        for note in notes:
+        for note in data.described():
             self.say(f'data    {note}')
         self.say(f'model   {architecture}; share of the MACs: {shares}')
+        for note in model_notes:
+            self.say(f'model   {note}')
         precision = accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'
         self.say(f'device  {accelerator.num_processes} × {accelerator.device.type}, {precision}')
         self.say(f'folder  {folder}')

@@ -12,6 +12,8 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import unwrap_model
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import TrainConfig
 from ..costs import ExitCost, exit_costs
@@ -19,12 +21,13 @@ from ..data.image_data import ImageData
 from ..data.loaders import Loaders, leave_out_unreadable, open_data
 from ..data.unreadable import Unreadable
 from ..errors import ConfigError, nearest
-from ..hub.networks import names_of_run
+from ..hub.networks import class_names, names_of_run
 from ..models.multi_exit import MultiExit, without_exits
 from ..tasks import SelfDistillationTask
-from .build import LOOKAHEAD, build_model, build_task, check_optimizer, check_slices
+from .build import LOOKAHEAD, BuiltModel, build_model, build_task, check_optimizer, check_slices
 from .checkpoints import is_sharded
 from .cpu import keep_freed_memory, use_all_cores
+from .initial import InitialNetwork, find_network
 from .trackers import check_trackers
 
 __all__ = ['Setup', 'set_up']
@@ -47,6 +50,7 @@ class Setup:
         optimizer: The optimizer, as accelerate wraps it.
         scheduler: Sets the learning rate, None where it stays as it is.
         mixup: Mixes images, None where they are not mixed.
+        notes: What is to be reported of the network before training.
     """
     config: TrainConfig
     accelerator: Accelerator
@@ -60,6 +64,31 @@ class Setup:
     optimizer: torch.optim.Optimizer
     scheduler: Optional[Scheduler]
     mixup: Optional[Mixup]
+    notes: List[str]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the auxiliary exits alone learn."""
+        return self.config.regime == 'disjoint'
+
+    def wrap_for(self, alone: bool) -> None:
+        """Wrap what is trained anew where the network is to learn without its auxiliary exits, or with them again.
+
+        Several processes exchange gradients of all parameters that ask for them, so those that have none must not ask.
+        Their optimizer is the same throughout, and passes over what has no gradient.
+        """
+        module = unwrap_model(self.task.trainable_module)
+        if module.backbone_alone == alone:
+            return
+        module.backbone_alone = alone
+        if isinstance(self.task.trainable_module, DistributedDataParallel):
+            for exits in (module.model.exit_heads, module.projections):
+                exits.requires_grad_(not alone)
+            self.task.trainable_module = self.accelerator.unwrap_model(
+                self.task.trainable_module, keep_fp32_wrapper=False)
+            self.accelerator.free_memory()  # the wrapper before is gone when the next one listens to the gradients
+            self.task.trainable_module, self.optimizer = self.accelerator.prepare(
+                self.task.trainable_module, self.optimizer)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -95,12 +124,18 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: Path) -> Setup
         keep_freed_memory()
     check_trackers(config.report_to)
     set_seed(config.seed)
-    data = open_data(config, accelerator, names_of_run(folder))
+    network = find_network(config.model)
+    data = _open_data(config, accelerator, network, folder)
     _check_held_out(config, data)
     unreadable: List[Unreadable] = []
     if config.skip_unreadable and not config.streaming:
         unreadable = leave_out_unreadable(data, accelerator, folder)
-    model, data_config = build_model(config, data)
+    built = build_model(config, data, network)
+    model, data_config = built.model, built.data_config
+    if config.unlabelled:
+        data.num_classes, data.label_names = model.num_classes, network.class_names or class_names(model)
+    if config.regime == 'disjoint':
+        model.freeze_backbone()
     costs = exit_costs(model, data_config['input_size'])
     if config.grad_checkpointing:
         try:
@@ -132,7 +167,38 @@ def set_up(config: TrainConfig, accelerator: Accelerator, folder: Path) -> Setup
     mixup = _create_mixup(config, accelerator.num_processes, model.num_classes)
     optimizer = _prepare(config, accelerator, task, optimizer)
     return Setup(
-        config, accelerator, data, unreadable, data_config, costs, task, loaders, loader, optimizer, scheduler, mixup)
+        config, accelerator, data, unreadable, data_config, costs, task, loaders, loader, optimizer, scheduler, mixup,
+        _notes(config, built))
+
+
+def _open_data(
+        config: TrainConfig,
+        accelerator: Accelerator,
+        network: InitialNetwork,
+        folder: Path,
+) -> ImageData:
+    """Open the data; classes have the numbers that the run, or else the network that it starts from, knows them by.
+
+    The latter where it knows all of them; else it has to learn all of them anew.
+    """
+    known = names_of_run(folder)
+    data = open_data(config, accelerator, known)
+    names = network.class_names
+    if known is None and names and data.label_names and names != data.label_names:
+        if {*data.label_names} <= {*names}:
+            return open_data(config, accelerator, names)
+    return data
+
+
+def _notes(config: TrainConfig, built: BuiltModel) -> List[str]:
+    """Return what is to be reported of the network, and a warning where it cannot teach."""
+    notes = list(built.notes)
+    if config.regime == 'disjoint' and built.fresh_classifier:
+        notes.append(
+            'warning: `regime=disjoint` keeps the deepest exit as it is, and its classifier is untrained; expected '
+            'a network that knows these classes. Train it first, or use `regime=mixed`.'
+        )
+    return notes
 
 
 def _check_held_out(config: TrainConfig, data: ImageData) -> None:
@@ -156,8 +222,9 @@ def _create_optimizer(
 
     def create(module: nn.Module, **other: Any) -> torch.optim.Optimizer:
         options = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
-        # sharded parameters have no fused SGD (torch 2.15)
-        fusable = 'fused' in options and accelerator.device.type in ('cpu', 'cuda') and not is_sharded(accelerator)
+        # fused SGD takes no sharded parameters, nor some that have had no gradient yet among others (torch 2.15)
+        fusable = 'fused' in options and accelerator.device.type in ('cpu', 'cuda')
+        fusable = fusable and not is_sharded(accelerator) and config.regime != 'mixed'
         return create_optimizer_v2(
             module,
             opt=config.opt,

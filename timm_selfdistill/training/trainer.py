@@ -75,7 +75,7 @@ def close(accelerator: Accelerator) -> None:
 
 
 def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Path:
-    """Train, evaluate and save a multi-exit network.
+    """Train, evaluate and save a multi-exit network, or generations of them, see `generations.train_generations`.
 
     The run's folder holds at every time the weights of the last complete epoch (before the first one, the initial
     weights): `model.safetensors` and `config.json`, which `timm.create_model('local-dir:…', pretrained=True)` loads;
@@ -98,6 +98,10 @@ def train(config: TrainConfig, accelerator: Optional[Accelerator] = None) -> Pat
         NonFiniteLossError: The loss is not finite; the folder keeps the last good weights.
         Preempted: A signal asked to stop; a checkpoint has been written.
     """
+    config.check()
+    if config.generations is not None:
+        from .generations import train_generations  # trains each generation by this function
+        return train_generations(config)
     shared = accelerator is not None
     accelerator = accelerator or create_accelerator(config)
     main = accelerator.is_main_process
@@ -175,7 +179,7 @@ def _train(run: Run) -> None:
     config, accelerator, progress = setup.config, setup.accelerator, keeper.progress
     watched = setup.data.validation or setup.data.test
     architecture = model_name(run.setup.network)
-    reporter.start(run.folder, setup.data, setup.data_config, setup.costs, architecture, accelerator)
+    reporter.start(run.folder, setup.data, setup.notes, setup.costs, architecture, accelerator)
     if config.resume is not None:
         keeper.resume()
     if accelerator.is_main_process:  # first of all: by it a killed run is known for one
@@ -188,7 +192,7 @@ def _train(run: Run) -> None:
         start_trackers(accelerator, config.report_to, run.folder, public_settings(config.settings()), progress.epoch)
     metrics = None
     try:
-        while progress.epoch < config.epochs:
+        while not keeper.done:
             epoch, started = progress.epoch, time.perf_counter()
             terms = loop.train_epoch()
             metrics = loop.evaluate(watched)
@@ -216,6 +220,7 @@ def _train(run: Run) -> None:
 def _finish(run: Run, watched: ImageSplit, metrics: Dict[str, Dict[str, Any]]) -> None:
     """Write what describes the last epoch's weights; those have been measured on the watched split already."""
     setup, keeper, results = run.setup, run.keeper, OrderedDict()
+    keeper.check_frozen()
     architecture = model_name(setup.network)
     for name, split in setup.data.splits().items():
         if name != 'train':
