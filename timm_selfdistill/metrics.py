@@ -164,7 +164,8 @@ def evaluate_exits(
 
     Returns:
         By exit name (see `exit_names`): loss (mean negative log likelihood), top1, top5, ece in percent, and the
-        integer counts count, top1_count, top5_count; those of the top 5 are None with 5 classes or fewer.
+        integer counts count, top1_count, top5_count; those of the top 5 are None with 5 classes or fewer. With
+        `agreement` also `agreement`, True.
     """
     evaluators = OrderedDict(
         (name, ExitEvaluator(device, num_classes=model.num_classes)) for name in exit_names(model))
@@ -176,7 +177,8 @@ def evaluate_exits(
                 target = logits[-1].argmax(-1)
             for evaluator, output in zip(evaluators.values(), [*logits, ensemble(logits)]):
                 evaluator.update(output, target)
-    return OrderedDict((name, evaluator.compute(distributed)) for name, evaluator in evaluators.items())
+    told = dict(agreement=True) if agreement else {}
+    return OrderedDict((name, dict(evaluator.compute(distributed), **told)) for name, evaluator in evaluators.items())
 
 
 @torch.no_grad()

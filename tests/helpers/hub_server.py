@@ -492,6 +492,7 @@ class HubServer:
         return Answer(206, blob.data[start:stop], {**headers, 'Content-Range': f'bytes {start}-{stop - 1}/{size}'})
 
     _REPO, _REV, _FILE = '(?P<repo>[^/]+/[^/]+)', '(?P<rev>[^/]+)', '(?P<path>.+)'
+    _ANY_REPO = '(?P<repo>(?:datasets/)?[^/]+/[^/]+)'  # a data set is kept as datasets/<id>, and only read
     _MODEL = f'/api/models/{_REPO}'
     ROUTES = (
         ('GET', '/api/whoami-v2', whoami),
@@ -505,8 +506,8 @@ class HubServer:
         ('GET', f'{_MODEL}(?:/revision/{_REV})?', model_info),
         ('POST', f'{_MODEL}/(?P<kind>branch|tag)/(?P<name>[^/]+)', make_ref),
         ('GET', f'{_MODEL}/tree/{_REV}(?:/{_FILE})?', tree),
-        ('HEAD', f'/{_REPO}/resolve/{_REV}/{_FILE}', resolve),
-        ('GET', f'/{_REPO}/resolve/{_REV}/{_FILE}', resolve),
+        ('HEAD', f'/{_ANY_REPO}/resolve/{_REV}/{_FILE}', resolve),
+        ('GET', f'/{_ANY_REPO}/resolve/{_REV}/{_FILE}', resolve),
     )
 
 

@@ -1,4 +1,5 @@
 """From training over the Hub to a fresh process: what is pushed, what is pulled, and what the cards say."""
+import ast
 import copy
 import json
 import re
@@ -54,6 +55,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope='module')
 def hub():
     with HubServer(tokens=dict(hf_writer='writer'), orgs=('org',)) as hub:
+        hub.put('datasets/someone/digits', {'eval.yaml': b'name: Digits\ntasks:\n- id: digits\n'})
         yield hub
 
 
@@ -67,7 +69,10 @@ def published(run, hub, tmp_path_factory):
         f'    sys.argv = ["publish.py", "--checkpoint", {str(run)!r}, *words.split()]\n'
         f'    runpy.run_path({str(RECIPES / "publish.py")!r}, run_name="__main__")\n'
     )
-    cases = '--repo org/test_resnet_sd;--repo org/small --exit 0 --dataset someone/digits --public;--revision v2'
+    # of the two data sets the Hub knows one as a benchmark
+    cases = (
+        '--repo org/test_resnet_sd --dataset someone/else;--repo org/small --exit 0 --dataset someone/digits --public;'
+        '--revision v2')
     out = python(environment, '-c', script, cases)
     assert out.count('/tree/') == 6, out
     return out
@@ -127,7 +132,7 @@ def test_a_second_push_changes_nothing(hub, published):
 
 
 def test_only_what_is_asked_for_is_public(hub, published):
-    private = {name: repository.private for name, repository in hub.repositories.items()}
+    private = {n: repository.private for n, repository in hub.repositories.items() if not n.startswith('datasets/')}
     assert private == {
         'org/test_resnet_sd': True, 'org/small': False, 'writer/test_resnet_sd.byot_digits': True}
 
@@ -157,7 +162,7 @@ def test_a_network_cut_off_at_an_exit_is_pushed_alone(run, hub, published):
     assert result.metric_name == 'top-1 of exit0' and result.metric_value == round(exit0['top1'] / 100, 6)
     assert card.data.datasets == ['someone/digits'] and '| exit1 |' not in card.text
     entry, = yaml.safe_load(files['.eval_results/someone-digits.yaml'])
-    assert entry['dataset']['id'] == 'someone/digits' and entry['value'] == round(exit0['top1'], 4)
+    assert entry == dict(dataset=dict(id='someone/digits', task_id='digits'), value=result.metric_value)
 
 
 def test_the_newer_form_of_results_is_what_the_client_reads(hub, published):
@@ -173,9 +178,12 @@ def test_the_newer_form_of_results_is_what_the_client_reads(hub, published):
 @pytest.mark.parametrize('repository', ['org/test_resnet_sd', 'org/small'])
 def test_the_snippet_of_a_card_runs_as_pasted(hub, published, repository, tmp_path):
     text = hub.files(repository)['README.md'].decode()
-    snippet, = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-    out = python(hub.env(tmp_path / 'home', 'hf_writer'), '-c', snippet)
+    snippet, in_transformers = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    environment = hub.env(tmp_path / 'home', 'hf_writer')
+    answers = ast.literal_eval(python(environment, '-c', in_transformers).splitlines()[-1])
+    out = python(environment, '-c', snippet)
     *left, label = out.splitlines()
+    assert answers[0]['label'] == label, 'both see the same grey image'
     assert label in set('0123456789'), out
     assert bool(left) == (repository == 'org/test_resnet_sd'), out
 

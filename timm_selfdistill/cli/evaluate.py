@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ..costs import exit_costs
 from ..errors import ConfigError
+from ..evaluation.progress import follow
 from ..evaluation.tables import render_table
 from ..evaluation.trained_network import SplitConfig, choose_split, open_network
 from ..metrics import collect_logits, ensemble_logits, evaluate_exits, exit_table, learn_ensemble
@@ -31,10 +32,12 @@ class EvaluateConfig(SplitConfig):
 
 def _main() -> None:
     config = tyro.cli(EvaluateConfig)
-    network = open_network(config.checkpoint, config)
+    network = open_network(config.checkpoint, config, unlabelled=True)
     model, data, device = network.model, network.data, network.device
     split = choose_split(data, config.split)
     weights = None
+    if config.ensemble == 'learned' and not data.num_classes:
+        raise ConfigError('`ensemble=learned`: the weights are learned from labels, and these images have none.')
     if config.ensemble == 'learned' and model.num_exits > 1:
         if data.validation is None:
             raise ConfigError(f'--ensemble learned: {data.name} has no validation split to learn the weights on.')
@@ -45,8 +48,10 @@ def _main() -> None:
             )
         weights = learn_ensemble(*collect_logits(model, network.batches(data.validation), device))
     by = 'probabilities' if config.ensemble == 'probabilities' else 'logits'
+    batches = follow(network.batches(data.splits()[split]), f'evaluate {split}', Console(stderr=True))
     metrics = evaluate_exits(
-        model, network.batches(data.splits()[split]), device, ensemble=partial(ensemble_logits, by=by, weights=weights))
+        model, batches, device, ensemble=partial(ensemble_logits, by=by, weights=weights),
+        agreement=not data.num_classes)
     rows = exit_table(model, metrics, exit_costs(model, network.data_config['input_size']))
     if config.json:
         result = dict(checkpoint=config.checkpoint, dataset=data.name, split=split)

@@ -62,7 +62,7 @@ def plot_accuracy_against_compute(table: List[Dict[str, Any]], title: str, path:
         figure.legend(loc='outside lower center', ncols=3, frameon=False)
     axes.margins(x=0.12, y=0.2)
     axes.set_xlabel('MACs for one image, millions')
-    axes.set_ylabel('top-1 accuracy, %')
+    axes.set_ylabel('agreement with the deepest exit, %' if table[0].get('agreement') else 'top-1 accuracy, %')
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

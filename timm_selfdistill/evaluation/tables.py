@@ -52,7 +52,7 @@ def _text(value: Any) -> str:
 
 
 def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
-    """Return rows of `metrics.exit_table` for a terminal."""
+    """Return rows of `metrics.exit_table` for a terminal; without labels they tell of agreement with the deepest."""
     table = Table(
         title=title, title_justify='left', box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
         collapse_padding=True,
@@ -60,7 +60,8 @@ def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
     table.add_column('exit', no_wrap=True)
     table.add_column('after', no_wrap=True)
     top5 = rows[0]['top5'] is not None
-    for column in ('params', 'MACs', 'share %', 'top-1 %', *(('top-5 %',) if top5 else ()), 'NLL', 'ECE %'):
+    measure = 'agree %' if rows[0].get('agreement') else 'top-1 %'
+    for column in ('params', 'MACs', 'share %', measure, *(('top-5 %',) if top5 else ()), 'NLL', 'ECE %'):
         table.add_column(column, justify='right', no_wrap=True)
     for row in rows:
         table.add_row(

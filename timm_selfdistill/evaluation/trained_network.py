@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from ..data.augment import eval_transform
 from ..data.image_data import ImageData, ImageSplit, load_image_data
 from ..data.source import DataSource
+from ..data.unlabelled import load_unlabelled_data
 from ..data.unreadable import find_unreadable, leave_out, list_unreadable
 from ..data.workers import create_eval_loader
 from ..errors import ConfigError, DataError
@@ -93,21 +94,23 @@ def open_network(
         config: EvaluationConfig,
         superclass_column: Optional[str] = None,
         other_classes: bool = False,
+        unlabelled: bool = False,
 ) -> TrainedNetwork:
     """Open a checkpoint and the data to measure it on, those it was trained on unless others are asked for.
 
     Args:
-        checkpoint: See `hub.load_checkpoint`.
+        checkpoint: See `hub.networks.load_checkpoint`.
         config: Which data, and where to compute.
-        superclass_column: See `data.load_image_data`.
+        superclass_column: See `data.source.DataSource`.
         other_classes: Allow classes that the network does not know, where its classifiers are not used.
+        unlabelled: Allow images without labels, where the network was trained on such.
 
     Labels get the numbers that their classes have in the network, by name; what was found is printed to stderr.
 
     Raises:
         DataError: The data cannot be used, or have classes that the network does not know, or the checkpoint does not
             say on what it was trained and the config does not either.
-        ConfigError: See `hub.load_checkpoint` and `check_device`, or a number is out of range.
+        ConfigError: See `hub.networks.load_checkpoint` and `check_device`, or a number is out of range.
     """
     for option, value, least in (('batch_size', config.batch_size, 1), ('workers', config.workers, 0)):
         if value < least:
@@ -122,7 +125,12 @@ def open_network(
         if trained is None:
             raise DataError(f'`checkpoint={checkpoint}` does not say on what it was trained; pass `dataset`.')
         source = {name: value if value is not None else trained.get(name) for name, value in source.items()}
-        source['val_fraction'] = trained.get('val_fraction', 0.)
+        source.update(val_fraction=trained.get('val_fraction', 0.), unlabelled=trained.get('unlabelled', False))
+        if source['unlabelled'] and not unlabelled:
+            raise DataError(
+                f'`checkpoint={checkpoint}`: it was trained on images without labels, and labels are needed here; pass '
+                f'`data_dir` with images that have some.'
+            )
     elif trained is not None and _same_data(source, trained):
         source['val_fraction'] = trained.get('val_fraction', 0.)  # what was held out from training
     elif not other_classes:
@@ -131,7 +139,7 @@ def open_network(
     classes = {} if other_classes else dict(num_classes=model.num_classes, class_names=class_names(model))
     images = DataSource(
         in_chans=data_config['input_size'][0], skip_unreadable=config.skip_unreadable, **source, **classes)
-    data = load_image_data(images, known=not other_classes)
+    data = load_unlabelled_data(images) if images.unlabelled else load_image_data(images, known=not other_classes)
     for line in data.described():
         print(line, file=sys.stderr)
     return TrainedNetwork(model.to(config.device), data, data_config, config)

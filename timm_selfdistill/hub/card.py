@@ -42,6 +42,10 @@ def _read(path: Path) -> Any:
 def _describe_method(settings: Dict[str, Any]) -> str:
     """Return in words how a run trained."""
     words = _METHODS.get(settings['method'], settings['method'])
+    if settings['regime'] == 'disjoint':
+        words += ', with the network itself frozen'
+    elif settings['regime'] == 'mixed':
+        words += ', after the network itself had been trained alone'
     if settings['teacher']:
         return f'{words}, taught by {settings["teacher"]}'
     if settings['patriarch'] != 'plain':
@@ -78,6 +82,16 @@ def describe_run(folder: Path, results: Optional[Dict[str, Any]] = None) -> Dict
         early_exit=_read(folder / 'early_exit.json'),
         record=_read(folder / RECORD),
     )
+
+
+def _is_name(model: str) -> bool:
+    """Return whether `--model` was a name of timm, not a network with weights of its own."""
+    return timm.is_model(split_model_name_tag(model)[0].removesuffix(SUFFIX))
+
+
+def _repository(start: Optional[str]) -> Optional[str]:
+    """Return the repository of the Hub that training began with, None where it did not begin with one."""
+    return start.removeprefix('hf-hub:').partition('@')[0] if start and start.startswith('hf-hub:') else None
 
 
 def _rows(run: Dict[str, Any], split: str) -> List[Dict[str, Any]]:
@@ -123,10 +137,10 @@ def write_card(
     config, settings, architecture = run['config'], run['settings'], run['architecture']
     split = list(run['results'])[-1]
     rows, dataset_id = _rows(run, split), dataset_id or run['dataset_id']
-    base, tag = split_model_name_tag(settings['model'])
-    base, origin = base.removesuffix(SUFFIX), None
+    base, origin = architecture.removesuffix(SUFFIX), None
     if settings['backbone_pretrained']:
-        origin = timm.get_pretrained_cfg(f'{base}.{tag}' if tag else base)
+        origin = timm.get_pretrained_cfg(settings['model'].replace(SUFFIX, '', 1))
+    start = settings['initial_checkpoint'] or (None if _is_name(settings['model']) else settings['model'])
     number, early_exit = config.get('model_args', {}).get('truncate'), run['early_exit']
     if number is not None:
         early_exit = None
@@ -136,10 +150,10 @@ def write_card(
         license=origin.license if origin is not None and origin.license else LICENSE,
         tags=['image-classification', 'timm', *_TAGS.get(settings['method'], ('multi-exit', 'early-exit'))],
         datasets=[dataset_id] if dataset_id else None,
-        base_model=origin.hf_hub_id if origin is not None else None,
-        metrics=['accuracy'],
+        base_model=origin.hf_hub_id if origin is not None else _repository(start),
+        metrics=None if settings['unlabelled'] else ['accuracy'],
         model_name=architecture if number is None else f'{architecture}, exit {number}',
-        eval_results=[
+        eval_results=None if settings['unlabelled'] else [
             EvalResult(
                 task_type='image-classification',
                 task_name='Image Classification',
@@ -148,7 +162,7 @@ def write_card(
                 dataset_split=split,
                 metric_type='accuracy',
                 metric_name=f'top-1 of {row["exit"]}',
-                metric_value=round(row['top1'] / 100, 6),
+                metric_value=_accuracy(row),
             ) for row in rows
         ],
     )
@@ -157,6 +171,8 @@ def write_card(
         early_exit = dict(
             early_exit, dataset=place_name(early_exit['dataset'], hub_id=True), aim=_AIMS[aim].format(value),
             rule=config['model_args']['early_exit'])
+    source = source or f'local-dir:{folder.resolve().name}'
+    repository, _, revision = source.partition(':')[2].partition('@')
     card = ModelCard.from_template(
         data,
         template_path=str(CARD_TEMPLATE),
@@ -178,34 +194,35 @@ def write_card(
         pictures=sorted(path.name for path in folder.glob('*.png')),
         config=settings,
         origin=origin,
+        start=start,
         license=data.license,
         settings=_shown_settings(settings),
-        source=source or f'local-dir:{folder.resolve().name}',
+        source=source,
+        repository=repository,
+        revision=revision,
         input_size=config['pretrained_cfg']['input_size'],
     )
     card.save(folder / 'README.md')
 
 
-def write_eval_results(folder: Path, dataset_id: Optional[str] = None) -> None:
-    """Write `.eval_results/<data set>.yaml`, the Hub's newer form of results, where the data set is one of the Hub.
+def write_eval_results(folder: Path, dataset_id: str, task_id: str) -> None:
+    """Write `.eval_results/<data set>.yaml`, the Hub's form of results on a benchmark, for the network's own answer.
 
     Args:
         folder: See `write_card`.
-        dataset_id: Likewise.
+        dataset_id: Id of the benchmark, a data set of the Hub that lists its tasks in `eval.yaml`.
+        task_id: Which of its tasks.
     """
     run = describe_run(folder)
-    dataset_id = dataset_id or run['dataset_id']
-    if dataset_id is None:
+    if run['settings']['unlabelled']:
         return
-    split = list(run['results'])[-1]
-    entries = [
-        dict(
-            dataset=dict(id=dataset_id, task_id='image-classification'),
-            value=round(row['top1'], 4),
-            notes=f'top-1 accuracy in percent of {row["exit"]}, {split} split, {100 * row["share"]:.1f} % of the plain '
-                  f'network\'s MACs',
-        ) for row in _rows(run, split)
-    ]
+    own = [row for row in _rows(run, list(run['results'])[-1]) if row['exit'] != 'ensemble'][-1]
+    entry = dict(dataset=dict(id=dataset_id, task_id=task_id), value=_accuracy(own))
     path = folder / '.eval_results' / f'{re.sub(r"[^A-Za-z0-9._-]", "-", dataset_id)}.yaml'
     path.parent.mkdir(exist_ok=True)
-    path.write_text(yaml.safe_dump(entries, sort_keys=False, width=1000), encoding='utf-8')
+    path.write_text(yaml.safe_dump([entry], sort_keys=False), encoding='utf-8')
+
+
+def _accuracy(row: Dict[str, Any]) -> float:
+    """Return the top-1 accuracy as metadata hold it, 0 to 1."""
+    return round(row['top1'] / 100, 6)

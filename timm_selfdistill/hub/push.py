@@ -10,7 +10,7 @@ from typing import Callable, Iterator, Optional, Tuple, TypeVar, Union
 
 import torch
 import yaml
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 from timm.data import resolve_data_config
@@ -227,7 +227,23 @@ def stage(
         text = yaml.safe_dump(public_settings(settings), sort_keys=False)
         (destination / 'args.yaml').write_text(text, encoding='utf-8')
         write_card(destination, source, dataset_id)
-        write_eval_results(destination, dataset_id)
+        dataset_id = dataset_id or describe_run(folder)['dataset_id']
+        task_id = _benchmark_task(dataset_id) if dataset_id else None
+        if task_id is not None:
+            write_eval_results(destination, dataset_id, task_id)
+
+
+def _benchmark_task(dataset_id: str) -> Optional[str]:
+    """Return the task of a data set that is a benchmark of the Hub with a single one; None of any other.
+
+    The Hub takes results for benchmarks alone, which list their tasks in `eval.yaml`.
+    """
+    try:
+        path = hf_hub_download(dataset_id, 'eval.yaml', repo_type='dataset')
+        tasks = yaml.safe_load(Path(path).read_text(encoding='utf-8'))['tasks']
+        return tasks[0]['id'] if len(tasks) == 1 else None
+    except (HTTPError, OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        return None
 
 
 def _validate_card(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The steps of a run: batches in, optimizer steps out, and the look at every exit after an epoch."""
 import time
 from collections import OrderedDict
-from typing import Any, Dict, NoReturn
+from typing import Any, Dict, Iterable, NoReturn, Optional
 
 import numpy as np
 import torch
@@ -23,6 +23,14 @@ _LOOK_EVERY = 50
 
 # What one process asks of all, as bits.
 _STOP, _SAVE = 1, 2
+
+
+def _length(loader: Iterable) -> Optional[int]:
+    """Return the number of a loader's batches, None where a stream does not know it."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 
 class Loop:
@@ -96,16 +104,17 @@ class Loop:
         if progress.step == 0:
             progress.rate = setup.optimizer.param_groups[0]['lr']
         setup.loader.batch_sampler.set_epoch(progress.epoch, progress.step)
-        batches = self.keeper.reporter.steps(readable(setup.loader), len(setup.loader), progress.epoch)
         self.keeper.times.lap()
         try:
-            for images, target in batches:
+            for images, target in readable(setup.loader):
                 images = images.to(self.device, non_blocking=True)
                 target = target.to(self.device, non_blocking=True)
                 if setup.config.channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 if self.train_batch(images, target):
                     self.keeper.times.lap(steps=1)
+                    rate = setup.optimizer.param_groups[0]['lr']
+                    self.keeper.reporter.step(setup.config.batch_size, progress.epoch, rate)
                     self._after_step()
                     if progress.steps == setup.config.max_steps:
                         break
@@ -157,8 +166,9 @@ class Loop:
         model = self.setup.task.trainable_module if is_sharded(accelerator) else self.setup.model
         try:
             with accelerator.autocast():
+                loader = self.setup.loaders.evaluation(split)
+                batches = self.keeper.reporter.evaluation(readable(loader), split.name, _length(loader))
                 return evaluate_exits(
-                    model, readable(self.setup.loaders.evaluation(split)), self.device, distributed,
-                    agreement=self.setup.config.unlabelled)
+                    model, batches, self.device, distributed, agreement=self.setup.config.unlabelled)
         except DataError as e:
             self._give_up(e)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from filelock import FileLock
 
 from ..config import TrainConfig
+from ..models.names import SUFFIX
 from ..publishing import place_name, public_settings, public_text
 from ..run_files import RECORD
 from ..version import __version__
@@ -111,6 +112,7 @@ def exit_figures(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
 def make_record(
         config: TrainConfig,
         name: str,
+        network: str,
         dataset: str,
         part: str,
         rows: List[Dict[str, Any]],
@@ -122,6 +124,7 @@ def make_record(
     Args:
         config: The settings.
         name: Of the recipe, where the settings have none.
+        network: Its architecture.
         dataset: Name of the data set.
         part: Split of the data that was measured.
         rows: What `metrics.exit_table` returned for it.
@@ -142,7 +145,7 @@ def make_record(
     where = ('hardware', 'precision', 'torch', 'timm', 'accelerate', 'timm_selfdistill', 'commit')
     return dict(
         recipe=public_text(config.recipe or name, nested=False),
-        network=settings['model'].removesuffix('_sd'),
+        network=network.removesuffix(SUFFIX),
         dataset=place_name(dataset),
         part=part,
         **{key: settings[key] for key in ('method', 'seed', 'epochs')},

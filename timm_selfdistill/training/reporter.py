@@ -1,14 +1,14 @@
-"""What a person sees of a run: a progress bar, a line an epoch, a table at the end."""
+"""What a person sees of a run: how far it is, a line an epoch, a table at the end."""
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List
+from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
 
 from ..costs import ExitCost
 from ..data.image_data import ImageData
+from ..evaluation.progress import Watch, follow
 from ..evaluation.tables import render_table
 from .loss_meter import TermMeter
 
@@ -27,7 +27,8 @@ class Reporter:
         self.enabled = enabled
         self.epochs = epochs
         self.console = Console(quiet=not enabled, highlight=False)
-        self.progress = None
+        self.watch: Optional[Watch] = None
+        self.shown = ''
 
     def say(self, text: str) -> None:
         """Print a line, however long."""
@@ -53,33 +54,38 @@ class Reporter:
         self.say(f'device  {accelerator.num_processes} × {accelerator.device.type}, {precision}')
         self.say(f'folder  {folder}')
 
-    def steps(self, batches: Iterable, count: int, epoch: int) -> Iterator:
-        """Pass on an epoch's batches under a progress bar, which shows on terminals only."""
-        if not (self.enabled and self.console.is_terminal):
-            yield from batches
-            return
-        whole = Column(no_wrap=True, min_width=len(f'epoch {epoch + 1}/{self.epochs}'))
-        columns = (
-            TextColumn('epoch {task.fields[epoch]}/{task.fields[epochs]}', table_column=whole),
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(count)) + 1)),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
-            TextColumn('{task.fields[terms]}', table_column=Column(no_wrap=True)),
-        )
-        with Progress(*columns, console=self.console, transient=True) as self.progress:
-            self.bar = self.progress.add_task('', total=count, epoch=epoch + 1, epochs=self.epochs, terms='')
-            for batch in batches:
-                yield batch
-                self.progress.advance(self.bar)
-        self.progress = None
+    @contextmanager
+    def watching(self, total: int, done: int) -> Iterator[None]:
+        """Show how far the run is, of `total` optimizer steps, while the context lasts."""
+        with Watch(self.console) as self.watch:
+            self.watch.begin('train', total, done)
+            yield
+        self.watch = None
+
+    def step(self, images: int, epoch: int, rate: float) -> None:
+        """Say that an optimizer step of so many images is done, in epoch `epoch`, at a learning rate."""
+        if self.watch is not None:
+            self.watch.advance('train', images, f'epoch {epoch + 1}/{self.epochs}  lr {rate:.3g}  {self.shown}')
 
     def terms(self, meter: TermMeter) -> None:
-        """Show the loss and its terms, averaged over the epoch so far, each kind exit by exit."""
-        if self.progress is not None:
+        """Show the loss and its terms from now on, averaged over the epoch so far, each kind exit by exit."""
+        if self.watch is not None and self.enabled:
             kinds: Dict[str, List[str]] = {}
             for name, value in zip(meter.names, (meter.sums / meter.batches).tolist()):
                 kinds.setdefault(name.rstrip('0123456789'), []).append(f'{value:.2f}')
-            self.progress.update(self.bar, terms=' '.join(f'{kind} {"/".join(v)}' for kind, v in kinds.items()))
+            self.shown = ' '.join(f'{kind} {"/".join(v)}' for kind, v in kinds.items())
+
+    def evaluation(self, batches: Iterable, split: str, total: Optional[int]) -> Iterator:
+        """Pass on the batches of an evaluation, `total` if that is known, showing how far it is."""
+        label = f'evaluate {split}'
+        if self.watch is None:
+            yield from follow(batches, label, self.console, total)
+            return
+        self.watch.begin(label, total)
+        for images, target in batches:
+            yield images, target
+            self.watch.advance(label, len(images))
+        self.watch.end(label)
 
     def epoch(
             self,
@@ -96,10 +102,11 @@ class Reporter:
         """
         deepest = [name for name in metrics if name != 'ensemble'][-1].replace('exit', 'ce')
         beside = f' ({deepest} {terms[deepest]:.4f})' if deepest in terms else ''
+        measure = 'agreement' if next(iter(metrics.values())).get('agreement') else 'top-1'
         accuracies = '  '.join(f'{name} {values["top1"]:.2f}' for name, values in metrics.items())
         self.say(
             f'epoch {epoch + 1:>{len(str(self.epochs))}}/{self.epochs}  loss {terms["loss"]:.4f}{beside}  '
-            f'{split} top-1: {accuracies}  ({seconds:.1f} s)'
+            f'{split} {measure}: {accuracies}  ({seconds:.1f} s)'
         )
 
     def finish(self, folder: Path, rows: List[Dict[str, Any]], split: str) -> None:

@@ -192,16 +192,18 @@ def _train(run: Run) -> None:
         start_trackers(accelerator, config.report_to, run.folder, public_settings(config.settings()), progress.epoch)
     metrics = None
     try:
-        while not keeper.done:
-            epoch, started = progress.epoch, time.perf_counter()
-            terms = loop.train_epoch()
-            metrics = loop.evaluate(watched)
-            bad = [name for name, values in metrics.items() if not math.isfinite(values['loss'])]
-            if bad:
-                raise NonFiniteLossError(
-                    f'Loss not finite after epoch {epoch}, on the {watched.name} split: {", ".join(bad)}.')
-            keeper.end_epoch(terms, metrics)
-            reporter.epoch(epoch, terms, metrics, watched.name, time.perf_counter() - started)
+        steps = config.epochs * setup.steps_per_epoch
+        with reporter.watching(min(steps, config.max_steps or steps), progress.steps):
+            while not keeper.done:
+                epoch, started = progress.epoch, time.perf_counter()
+                terms = loop.train_epoch()
+                metrics = loop.evaluate(watched)
+                bad = [name for name, values in metrics.items() if not math.isfinite(values['loss'])]
+                if bad:
+                    raise NonFiniteLossError(
+                        f'Loss not finite after epoch {epoch}, on the {watched.name} split: {", ".join(bad)}.')
+                keeper.end_epoch(terms, metrics)
+                reporter.epoch(epoch, terms, metrics, watched.name, time.perf_counter() - started)
     except NonFiniteLossError as e:
         kept = f'the end of epoch {progress.epoch - 1}' if progress.epoch else 'before training'
         raise NonFiniteLossError(
@@ -234,7 +236,8 @@ def _finish(run: Run, watched: ImageSplit, metrics: Dict[str, Dict[str, Any]]) -
             write_latency(run.folder, setup.model, setup.data_config['input_size'], setup.accelerator.device)
         keeper.times.lap()
         record = make_record(
-            setup.config, run.folder.name, setup.data.name, split, rows, keeper.times.sittings(), keeper.progress.steps)
+            setup.config, run.folder.name, architecture, setup.data.name, split, rows, keeper.times.sittings(),
+            keeper.progress.steps)
         (run.folder / RECORD).write_text(json.dumps(record, ensure_ascii=False) + '\n', encoding='utf-8')
         write_card(run.folder, results=results)
         write_json(run.folder / RESULTS, results)  # last: it says that the run is complete
