@@ -1,11 +1,14 @@
 """Put a trained network on the Hugging Face Hub: `python recipes/publish.py --checkpoint RUN --repo org/name`."""
 import dataclasses
+from pathlib import Path
 from typing import Optional
 
 import tyro
 from huggingface_hub import constants
 
-from ..hub.push import push_to_hub
+from ..hub.networks import load_checkpoint
+from ..hub.push import AUTO, push_to_hub
+from .demo import write_space
 from .launch import run_command
 
 
@@ -29,10 +32,21 @@ class PublishConfig:
     """Branch, created if needed; main when None."""
     dataset: Optional[str] = None
     """Hub id of the data set, for the card, where the run has read a local copy: uoft-cs/cifar100."""
+    space: Optional[Path] = None
+    """Write a folder for a Space instead, with the page of `timm-selfdistill demo`; nothing is sent. The page loads
+    --repo, or without that the weights, which are put into the folder."""
 
 
 def _main() -> None:
     config = tyro.cli(PublishConfig)
+    if config.space is not None:
+        model, source = load_checkpoint(config.checkpoint)
+        named = config.repo != AUTO
+        if source is None and not named:
+            config.repo, named = config.checkpoint.removeprefix('hf-hub:'), True
+        write_space(model, f'hf-hub:{config.repo}', config.space, None if named else source)
+        print(f'{config.space}: hf upload <org>/<name> {config.space} . --repo-type space puts it on the Hub')
+        return
     folder = config.checkpoint.removeprefix('local-dir:')
     repo, commit = push_to_hub(
         folder, config.repo, config.exit, config.public, config.revision, dataset_id=config.dataset)

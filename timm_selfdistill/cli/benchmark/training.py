@@ -1,5 +1,6 @@
 """Speed and memory of training, for `python recipes/benchmark.py train`."""
 import dataclasses
+import gc
 import itertools
 import multiprocessing
 import tempfile
@@ -24,27 +25,32 @@ from ...training.run import Run
 from ...training.trainer import create_accelerator
 from .paired import compare
 
-Method = Literal['plain', 'deep-supervision', 'byot', 'kd']
+Method = Literal['plain', 'deep-supervision', 'byot', 'kd', 'disjoint', 'mixed']
 Batch = Tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass
 class TrainBenchmarkConfig:
-    """Compare the methods' steps with plain training, the loop with a bare one, and the loaders with each other; with
-    `accelerate launch --mixed_precision bf16` in mixed precision."""
+    """Compare the steps of methods and regimes with plain training, the loop with a bare one, and the loaders with each
+    other; with `accelerate launch --mixed_precision bf16` in mixed precision."""
 
     model: str = 'resnet18_cifar'
     """Network that is trained."""
     teacher: str = 'resnet50_cifar'
     """Network that teaches it in the method kd; its own training is not counted."""
-    methods: Tuple[Method, ...] = ('plain', 'deep-supervision', 'byot', 'kd')
-    """What to compare, the first with all others."""
+    methods: Tuple[Method, ...] = ('plain', 'deep-supervision', 'byot', 'kd', 'disjoint', 'mixed')
+    """What to compare, the first with all others; disjoint and mixed are byot in these regimes, of the latter the first
+    epochs."""
     batch_size: int = 64
     """Images of a step."""
     num_classes: int = 100
     """Classes of the networks."""
     data_dir: Optional[str] = None
     """Images to train on; digits at 32×32 when None."""
+    img_size: Optional[int] = None
+    """Side of the images, as in train.py."""
+    exit_head: Optional[str] = None
+    """Kind of exit head, as in train.py."""
     label_column: Optional[str] = None
     """Column of the labels, where the data set leaves a choice."""
     rounds: int = 11
@@ -67,12 +73,16 @@ def _open(
         accelerator: Optional[Accelerator] = None,
 ) -> Run:
     """Set up a run with the default settings but for what is compared, in the folder `name`."""
+    regime = method if method in ('disjoint', 'mixed') else 'joint'
     settings = TrainConfig(
-        model=config.model, method=method, teacher=str(folder / 'teacher') if method == 'kd' else None, epochs=1000,
+        model=config.model, method='byot' if regime != 'joint' else method, regime=regime,
+        teacher=str(folder / 'teacher') if method == 'kd' else None, epochs=1000,
         batch_size=config.batch_size, num_classes=config.num_classes, data_dir=config.data_dir,
+        img_size=config.img_size, exit_head=config.exit_head,
         label_column=config.label_column, compile=config.compile, output=str(folder), experiment=name,
     )
     run = Run(settings, accelerator or create_accelerator(settings), folder / name)
+    run.setup.wrap_for(alone=regime == 'mixed')
     run.setup.task.train()
     return run
 
@@ -158,8 +168,15 @@ def _peak(config: TrainBenchmarkConfig, method: str, folder: Path) -> Optional[i
     status = Path('/proc/self/status')
     if not torch.cuda.is_available() and not status.exists():
         return None
+    # libraries and what they set up are no part of it
+    warm = _open(dataclasses.replace(config, model='test_resnet', img_size=32), 'byot', folder, f'{method}-warm')
+    _step(warm, _endless(warm), 1)
+    del warm
+    gc.collect()
     before = psutil.Process().memory_info().rss
     run = _open(config, method, folder, f'{method}-peak')
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     _step(run, _endless(run), 3)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -183,7 +200,8 @@ def measure(config: TrainBenchmarkConfig, folder: Path) -> List[Dict[str, Any]]:
             ratios to it.
         folder: Where runs may write.
     """
-    save_model(timm.create_model(config.teacher, num_classes=config.num_classes), folder / 'teacher')
+    if 'kd' in config.methods:
+        save_model(timm.create_model(config.teacher, num_classes=config.num_classes), folder / 'teacher')
     peaks = {method: _peak_memory(config, method, folder) for method in config.methods}
     accelerator = create_accelerator(TrainConfig())
     runs = {method: _open(config, method, folder, method, accelerator) for method in config.methods}
@@ -197,7 +215,7 @@ def measure(config: TrainBenchmarkConfig, folder: Path) -> List[Dict[str, Any]]:
         parts = [_parts(runs[method], streams[method]) for _ in range(config.rounds)]
         rows.append(dict(
             what='step', name=method, **figures, images_per_second=config.batch_size / figures['seconds'],
-            macs=list(runs[method].costs.values())[-1].macs, peak_bytes=peaks[method],
+            macs=list(runs[method].setup.costs.values())[-1].macs, peak_bytes=peaks[method],
             **{name: sorted(p[name] for p in parts)[len(parts) // 2] for name in parts[0]},
         ))
     if config.loop:
