@@ -57,7 +57,7 @@ def test_a_path_in_any_setting_is_in_no_file_that_is_pushed(finished, tmp_path, 
         given = path if not isinstance(getattr(TrainConfig(), field), tuple) else (path, f'key={path}')
         config = dataclasses.replace(TrainConfig(model='test_resnet'), **{field: given})
         (folder / 'args.yaml').write_text(yaml.safe_dump(config.settings()))
-        record = make_record(config, 'run', config.dataset or 'digits', 'test', rows, [], 0)
+        record = make_record(config, 'run', 'resnet18', config.dataset or 'digits', 'test', rows, [], 0)
         assert not any(word in json.dumps(record) for word in SECRET)
         raw = dict(record, settings=config.settings(), recipe=config.recipe or 'run', network=config.model)
         (folder / 'record.json').write_text(json.dumps(raw))  # as one of an older version may be

@@ -15,7 +15,6 @@ def main(checkpoint, model='test_resnet', epochs=5):
     backbone = timm.create_model(model, num_classes=10)
     backbone.load_state_dict(torch.load(checkpoint, weights_only=True))
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-
     network = timm_selfdistill.add_exits(backbone)
     network.freeze_backbone()  # before the task and the optimizer are made
     task = timm_selfdistill.SelfDistillationTask(network, verbose=False)

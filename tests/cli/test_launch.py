@@ -413,7 +413,7 @@ def test_weights_are_read_from_checkpoint_path(tmp_path):
     weights = timm.create_model('test_resnet_sd', num_classes=10, exits=(2, 3)).state_dict()
     save_file(weights, tmp_path / 'w.safetensors')
     config = TrainConfig(model='test_resnet', exits=(2, 3), model_kwargs=(f'checkpoint_path={tmp_path}/w.safetensors',))
-    model, _ = build_model(config, load_image_data())
+    model = build_model(config, load_image_data()).model
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 

@@ -22,7 +22,7 @@ def loaders(folder, **settings):
     config = dataclasses.replace(TINY, data_dir=str(folder), **settings)
     accelerator = create_accelerator(config)
     data = open_data(config, accelerator)
-    return Loaders(config, data, build_model(config, data)[1], accelerator)
+    return Loaders(config, data, build_model(config, data).data_config, accelerator)
 
 
 @pytest.mark.parametrize('settings, kind', [

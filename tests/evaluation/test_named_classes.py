@@ -127,7 +127,8 @@ def test_a_teacher_is_matched_by_name(run, checkpoint, tmp_path):
     config = TrainConfig(
         model='test_vit', img_size=32, method='kd', teacher=str(checkpoint), data_dir=str(folder), val_fraction=0.25)
     data = load_image_data(DataSource(data_dir=str(folder), val_fraction=0.25))
-    model, data_config = build_model(config, data)
+    built = build_model(config, data)
+    model, data_config = built.model, built.data_config
     task = build_task(config, model, torch.device('cpu'), data_config, data)
     assert data.label_names == ['apple', 'rose']
     assert task.teacher_classes.tolist() == [0, 4]

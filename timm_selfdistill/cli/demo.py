@@ -20,7 +20,7 @@ from ..models.names import SUFFIX
 from ..run_files import CONFIG_NAME, WEIGHTS_NAME
 from .launch import run_command
 
-__all__ = ['Answers', 'DemoConfig', 'main', 'make_page', 'write_space']
+__all__ = ['Answers', 'DemoConfig', 'Exits', 'main', 'make_page', 'write_space']
 
 _COLUMNS = ('exit', 'after', 'MACs', 'answer', 'confidence', 'leaves from', 'time')
 
@@ -92,7 +92,7 @@ class Answers:
         )
 
 
-class _Exits:
+class Exits:
     """Asks every exit of a network.
 
     Args:
@@ -179,7 +179,7 @@ def make_page(checkpoint: str, thresholds: Optional[Tuple[float, ...]] = None) -
     """
     import gradio as gr
 
-    exits = _Exits(checkpoint, thresholds)
+    exits = Exits(checkpoint, thresholds)
     name, count = shown_name(exits.model), exits.model.num_exits
 
     def answer(picture: Optional[Image.Image]) -> Tuple[str, Optional[Dict[str, float]], List[List[str]]]:

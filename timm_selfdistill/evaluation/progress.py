@@ -107,7 +107,7 @@ def follow(batches: Iterable, label: str, console: Console, total: Optional[int]
     """Pass on batches while showing how far they are.
 
     Args:
-        batches: Batches; of a tuple or list the length of the first entry counts as its images, of others their own.
+        batches: Tuples whose first entries are images, or lists of something for each of them.
         label: What is done with them.
         console: Where to show it.
         total: Their number; their length, if they have one, when None.
@@ -117,4 +117,4 @@ def follow(batches: Iterable, label: str, console: Console, total: Optional[int]
         watch.begin(label, total)
         for batch in batches:
             yield batch
-            watch.advance(label, len(batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch))
+            watch.advance(label, len(batch[0]))

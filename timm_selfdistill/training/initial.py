@@ -207,10 +207,12 @@ def _of_this_network(model: MultiExit, weights: Dict[str, torch.Tensor]) -> Dict
     """Return weights under the names that they have in the multi-exit network."""
     if any(name.startswith(('backbone.', 'exit_heads.')) for name in weights):
         return dict(weights)
-    own, known = model.backbone.state_dict(), {f'{name}.weight' for name in _deepest_classifiers(model)}
+    changing = tuple(f'{_plain(name)}.' for name in _deepest_classifiers(model))
+    changing += tuple(f'{_plain(name)}.' for name in names_tuple(model._traits.get('first_conv')))
     fits = all(
-        name in weights and (weights[name].shape == tensor.shape or f'backbone.{name}' in known)
-        for name, tensor in own.items() if name.endswith('weight')
+        name in weights and weights[name].shape == tensor.shape
+        for name, tensor in model.backbone.state_dict().items()
+        if not name.startswith(changing) and not name.endswith('num_batches_tracked')
     )
     convert = getattr(sys.modules[type(model.backbone).__module__], 'checkpoint_filter_fn', None)
     if not fits and convert is not None:
@@ -231,7 +233,9 @@ def _adapt_stem(model: MultiExit, state: Dict[str, torch.Tensor]) -> List[str]:
     adapted = []
     for name in names_tuple(model._traits.get('first_conv')):
         module, weight = model.get_submodule(name), state.get(f'{name}.weight')
-        if not isinstance(module, nn.Conv2d) or weight is None or weight.shape == module.weight.shape:
+        if not isinstance(module, nn.Conv2d) or weight is None or weight.ndim != 4:
+            continue
+        if weight.shape == module.weight.shape:
             continue
         before, now = weight.shape[1] * model.in_chans // module.in_channels * module.groups, model.in_chans
         try:
