@@ -13,8 +13,10 @@ HEAD = """# Command line
 
 Made by `docs/make_cli_reference.py` from the fields of `TrainConfig`; a test compares them. `-c/--config FILE` reads
 defaults from YAML, `--preset byot-scan|byot-tpami` takes those of the authors of *Be Your Own Teacher*. The other
-commands list their options with `--help`: `evaluate.py`, `calibrate.py`, `export.py`, `publish.py`, `analyze.py`,
-`transfer.py` and `benchmark.py` in `recipes`.
+commands list their options with `--help`: `timm-selfdistill evaluate --help`, likewise `calibrate`, `predict`,
+`export`, `publish`, `benchmark`, `analyze`, `transfer` and `demo`. From a clone `python recipes/train.py` and its
+siblings do the same. For several processes: `accelerate launch recipes/train.py`, or
+`accelerate launch -m timm_selfdistill.cli.train`.
 """
 
 

@@ -145,7 +145,8 @@ def test_of_any_place_anywhere_in_a_text_the_last_name_alone_is_left(parts, root
 
 def test_every_kind_is_in_a_fields_metadata():
     assert {f.metadata.get('kind') for f in dataclasses.fields(TrainConfig)} == {None, 'path', 'cosmetic'}
-    assert PLACES == {'data_dir', 'dataset', 'teacher'} and {'output', 'experiment', 'results'} <= INCIDENTAL
+    assert PLACES == {'data_dir', 'dataset', 'initial_checkpoint', 'model', 'teacher'}
+    assert {'output', 'experiment', 'results'} <= INCIDENTAL
     public = public_settings(dict(TrainConfig(data_dir='/a/b').settings(), token='hf_x'))
     assert public['data_dir'] == 'b' and not set(public) & {*INCIDENTAL, 'token'}
 

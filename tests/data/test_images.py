@@ -79,7 +79,10 @@ def test_ordinary_images_are_what_pillow_makes_of_them(name):
     data = ordinary()[name]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # Pillow's of palettes with transparency
-        theirs = datasets.Image().decode_example(dict(bytes=data, path=None))
+        try:
+            theirs = datasets.Image().decode_example(dict(bytes=data, path=None))
+        except OSError as error:  # Pillow 12.3 and TIFF in YCbCr
+            pytest.skip(f'this Pillow cannot read what it has written: {error}')
         expected = {mode: theirs.convert(mode) for mode in ('RGB', 'L') if (name, mode) != ('lab', 'L')}
     for mode, image in expected.items():
         ours = decode(data, mode)

@@ -107,7 +107,7 @@ def test_it_is_evaluated_published_and_not_calibrated(plain, tmp_path, monkeypat
     staged = tmp_path / 'staged'
     staged.mkdir()
     stage(folder, staged, f'local-dir:{folder}')
-    snippet, = re.findall(r'```python\n(.*?)```', (staged / 'README.md').read_text(), re.DOTALL)
+    snippet, _ = re.findall(r'```python\n(.*?)```', (staged / 'README.md').read_text(), re.DOTALL)
     assert 'timm_selfdistill' not in snippet
     exec(snippet, {})
     assert capsys.readouterr().out.strip() in 'rgby'

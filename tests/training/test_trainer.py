@@ -19,7 +19,6 @@ from timm_selfdistill.config import TrainConfig
 from timm_selfdistill.errors import ConfigError, DataError, NonFiniteLossError
 from timm_selfdistill.hub.networks import save_model
 from timm_selfdistill.training import trainer
-from timm_selfdistill.training.build import resolve_model_name
 from timm_selfdistill.training.loop import Loop
 from timm_selfdistill.training.trainer import train
 
@@ -218,11 +217,6 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, settings, err
     with pytest.raises(error, match=message):
         train(TrainConfig(**{**TINY, **settings}, output=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_model_names():
-    assert resolve_model_name('resnet50') == resolve_model_name('resnet50_sd') == ('resnet50_sd', '')
-    assert resolve_model_name('resnet50.a1_in1k') == ('resnet50_sd', 'a1_in1k')
 
 
 @pytest.mark.slow

@@ -137,9 +137,11 @@ def build_model(config: TrainConfig, data: ImageData, network: Optional[InitialN
     if config.exit_head is not None:
         arguments['exit_head'] = config.exit_head
     arguments.update(own)
+    if view:
+        arguments['pretrained_cfg_overlay'] = dict(view, **(own.get('pretrained_cfg_overlay') or {}))
     given = ', '.join(f'{k}={v}' for k, v in arguments.items() if v is not None)
     try:
-        model = timm.create_model(name, pretrained_cfg_overlay=view or None, **arguments)
+        model = timm.create_model(name, **arguments)
         if not isinstance(model, MultiExit):
             raise ConfigError(
                 f'`model_kwargs={" ".join(config.model_kwargs)}`: with this `model={config.model}` becomes one of the '

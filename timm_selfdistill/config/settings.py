@@ -3,16 +3,14 @@ import ast
 import dataclasses
 import math
 from functools import partial
-from typing import Any, Dict, FrozenSet, Literal, Mapping, Optional, Tuple
+from typing import Any, Dict, FrozenSet, Literal, Optional, Tuple
 
-from .errors import ConfigError
+from ..errors import ConfigError
+from .checks import ETA, check_settings
 
 __all__ = ['DIGITS', 'INCIDENTAL', 'PLACES', 'TrainConfig']
 
 DIGITS = 'digits'  # the data set when none is named
-
-# Shares of the cross entropy by default. They are not of equal softness: see losses.eta_for_top_score.
-_ETA = {'tsd': 0.6, 'label-smoothing': 0.9, 'confidence-penalty': 0.9}
 
 
 def _setting(default: Any, **metadata: Any) -> Any:
@@ -292,128 +290,12 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ConfigError for the first setting that is out of its bounds or excludes another one."""
-        for field in dataclasses.fields(self):
-            self._check_bounds(field.name, field.metadata)
-        if self.in_chans not in (1, 3):
-            raise ConfigError(f'`in_chans={self.in_chans}`: expected 3 (colour) or 1 (grey).')
-        for name in ('mean', 'std'):
-            values = getattr(self, name)
-            if values is not None and len(values) not in (1, self.in_chans):
-                raise ConfigError(f'`{name}={" ".join(map(str, values))}`: expected 1 or {self.in_chans} numbers.')
-        if self.std is not None and not min(self.std) > 0:
-            raise ConfigError(f'`std={" ".join(map(str, self.std))}`: expected numbers greater than 0.')
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f'`scale={self.scale[0]} {self.scale[1]}`: expected two rising numbers from 0 to 1.')
-        self.model_arguments()
-        self.checkpoint_interval()
-        self._check_weights()
-        self._check_data()
-        self._check_regime()
-        self._check_teaching()
-
-    def _check_bounds(self, name: str, metadata: Mapping[str, Any]) -> None:
-        value = getattr(self, name)
-        low, high, above = (
-            getattr(self, bound) if isinstance(bound, str) else bound
-            for bound in map(metadata.get, ('at_least', 'at_most', 'above'))
-        )
-        if value is None or (low, high, above) == (None, None, None):
-            return
-        if above is not None and not above < value < math.inf:
-            raise ConfigError(f'`{name}={value}`: expected more than {above}.')
-        if low is not None and (not low <= value <= (math.inf if high is None else high) or value == math.inf):
-            allowed = f'a number of {low} or more' if high is None else f'a number from {low} to {high}'
-            raise ConfigError(f'`{name}={value}`: expected {allowed}.')
-
-    def _check_weights(self) -> None:
-        """Raise ConfigError where the network is to start from two weights."""
-        if self.initial_checkpoint is not None and self.backbone_pretrained:
-            raise ConfigError(
-                f'`initial_checkpoint={self.initial_checkpoint}`: with `backbone_pretrained` the network has timm\'s '
-                f'weights; leave out one of them.'
-            )
-
-    def _check_regime(self) -> None:
-        """Raise ConfigError for settings that the regime excludes or needs."""
-        if self.regime != 'joint' and not self.has_exits:
-            raise ConfigError(
-                f'`regime={self.regime}`: `method={self.method}` trains no auxiliary exits; expected '
-                f'`method=byot` or `method=deep-supervision`.'
-            )
-        if self.backbone_epochs is not None and self.regime != 'mixed':
-            raise ConfigError(f'`backbone_epochs={self.backbone_epochs}`: goes with `regime=mixed` only.')
-        if self.regime == 'mixed' and not self.epochs_alone < self.epochs:
-            allowed = f'a number from 1 to {self.epochs - 1}' if self.epochs > 1 else '`epochs` of 2 or more'
-            raise ConfigError(
-                f'`backbone_epochs={self.epochs_alone}`: of `epochs={self.epochs}` none would be left for the '
-                f'auxiliary exits; expected {allowed}.'
-            )
-        if self.regime == 'disjoint':
-            excluded = dict(generations=None, last_phase_epochs=0, patriarch='plain')
-            for name, without in excluded.items():
-                if getattr(self, name) != without:
-                    raise ConfigError(
-                        f'`{name}={getattr(self, name)}`: with `regime=disjoint` the network itself learns nothing.')
-            if self.exit_weights == 'equilibrium':
-                raise ConfigError(
-                    '`exit_weights=equilibrium`: scales gradients in the network, which has none with '
-                    '`regime=disjoint`.')
-        if self.unlabelled:
-            self._check_unlabelled()
-
-    def _check_unlabelled(self) -> None:
-        """Raise ConfigError for settings that need labels."""
-        if (self.method, self.regime) != ('byot', 'disjoint'):
-            raise ConfigError(
-                f'`unlabelled`: `method={self.method}` with `regime={self.regime}` learns from labels; expected '
-                f'`method=byot` with `regime=disjoint`.'
-            )
-        if self.alpha != 1 or self.alpha_end not in (None, 1):
-            alpha = 'alpha' if self.alpha != 1 else 'alpha_end'
-            raise ConfigError(
-                f'`unlabelled`: `{alpha}={getattr(self, alpha):g}` leaves a share to the labels; expected `alpha=1`.')
-        for name in ('dataset', 'label_column', 'superclass_column', 'teacher', 'streaming'):
-            if getattr(self, name):
-                raise ConfigError(f'`{name}={getattr(self, name)}`: cannot be had together with `unlabelled`.')
-        if self.data_dir is None:
-            raise ConfigError('`unlabelled`: pass `data_dir`, a folder of images.')
-
-    def _check_data(self) -> None:
-        """Raise ConfigError for settings about data that exclude or need each other."""
-        if self.images_per_epoch is not None and not self.streaming:
-            raise ConfigError(f'`images_per_epoch={self.images_per_epoch}`: goes with `streaming` only.')
-        if self.streaming and self.loader == 'device':
-            raise ConfigError('`loader=device`: streamed data are not kept; leave out `streaming` or pass workers.')
-        for name in ('generations', 'superclass_column'):
-            if self.streaming and getattr(self, name) is not None:
-                raise ConfigError(
-                    f'`{name}={getattr(self, name)}`: needs data that are not streamed; leave out `streaming`.')
-
-    def _check_teaching(self) -> None:
-        """Raise ConfigError for settings about teachers that exclude or need each other."""
-        if self.method == 'kd' and self.teacher is None:
-            raise ConfigError('`method=kd`: pass `teacher`, the network that teaches.')
-        if self.teacher is not None and self.patriarch != 'plain':
-            raise ConfigError(
-                f'`patriarch={self.patriarch}`: a patriarch has no teacher, and `teacher={self.teacher}` was given.'
-            )
-        if self.teacher is not None and self.generations is not None:
-            raise ConfigError(
-                f'`teacher={self.teacher}`: with `generations={self.generations}` each generation teaches the next.')
-        for name in ('label_weight', 'teacher_temperature'):
-            if getattr(self, name) is not None and self.teacher is None and self.generations is None:
-                raise ConfigError(
-                    f'`{name}={getattr(self, name)}`: there is no teacher; pass `teacher` or `generations`.')
-        if self.eta is not None and self.patriarch == 'plain':
-            others = ', '.join(_ETA)
-            raise ConfigError(f'`eta={self.eta}`: `patriarch=plain` has the cross entropy alone; others are {others}.')
-        if self.resume is not None and self.generations is not None and self.experiment is None:
-            raise ConfigError('`resume=auto`: pass `experiment`, the name of the generations to go on with.')
+        check_settings(self)
 
     @property
     def patriarch_eta(self) -> float:
         """η of the patriarch, its default filled in."""
-        return self.eta if self.eta is not None else _ETA.get(self.patriarch, 1.0)
+        return self.eta if self.eta is not None else ETA.get(self.patriarch, 1.0)
 
 
 def _of_kind(kind: str) -> FrozenSet[str]:
