@@ -1,11 +1,14 @@
 """The benchmark of early exit, on a network that is small and knows nothing."""
 import csv
+import json
+import subprocess
 import sys
 
 import pytest
 import timm
 import torch
 import yaml
+from helpers import RECIPES
 from helpers.images import write_two_colours
 
 from timm_selfdistill.cli.benchmark import _main as main
@@ -128,3 +131,17 @@ def test_a_static_network_fed_otherwise_is_refused(run, benchmark):
     save_model(timm.create_model('test_vit', num_classes=5), run.parent / 'other')
     with pytest.raises(ConfigError, match=r'num_classes 5 \(not 8\)'):
         benchmark('--batch-sizes', '4', '--static', run.parent / 'other')
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_compares_methods_and_regimes(tmp_path):
+    output = tmp_path / 'figures.json'
+    command = [
+        sys.executable, str(RECIPES / 'benchmark.py'), 'train', '--model', 'test_resnet', '--batch-size', '16',
+        '--rounds', '2', '--methods', 'byot', 'plain', 'disjoint', 'mixed', '--output', str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(output.read_text())['rows']
+    assert [row['name'] for row in rows if row['what'] == 'step'] == ['byot', 'plain', 'disjoint', 'mixed']
+    assert {row['what'] for row in rows} == {'step', 'loop', 'loader'}
+    assert all(row['seconds'] > 0 for row in rows) and 'disjoint' in done.stdout
