@@ -33,7 +33,8 @@ def test_code_compiles(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page', ['README.md', 'docs/early_exit.md', 'docs/training.md', 'docs/models.md', 'docs/regimes.md'])
+@pytest.mark.parametrize(
+    'page', ['README.md', 'docs/early_exit.md', 'docs/training.md', 'docs/models.md', 'docs/regimes.md'])
 def test_code_runs_as_pasted(page, capsys):
     for code in PYTHON.findall((ROOT / page).read_text(encoding='utf-8')):
         exec(compile(code, page, 'exec'), {})

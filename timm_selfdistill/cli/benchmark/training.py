@@ -135,6 +135,7 @@ class _Given:
     def __init__(self, batches: List[Batch]):
         self.batches = batches
         self.batch_sampler = self
+        self.steps = len(batches)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         pass
