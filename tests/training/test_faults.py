@@ -362,7 +362,7 @@ def test_a_disk_that_was_full_for_a_while_costs_nothing(data, whole, tmp_path, c
 
 @pytest.mark.faults
 def test_what_fails_amid_the_evaluation_costs_no_epoch(data, whole, tmp_path, capfd):
-    def evaluate(*args):
+    def evaluate(*args, **more):
         raise UnreadableImageError('Cannot read the image in row 3 of the validation split: broken')
 
     with pytest.MonkeyPatch.context() as patch:

@@ -159,7 +159,8 @@ def _sentence(error: BaseException) -> Optional[str]:
         return _system_sentence(error)
     if isinstance(error, ModuleNotFoundError) and error.name and find_spec(error.name.partition('.')[0]) is None:
         package = error.name.partition('.')[0]
-        source = 'timm_selfdistill[export]' if package.startswith('onnx') else package
+        extra = 'export' if package.startswith('onnx') else 'demo' if package == 'gradio' else None
+        source = f'timm_selfdistill[{extra}]' if extra else package
         return f'The package {package} is needed for this and is not installed; pip install "{source}" does it.'
     if _lost_others(error):
         return (

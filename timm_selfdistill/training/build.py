@@ -115,7 +115,8 @@ def build_model(config: TrainConfig, data: ImageData, network: Optional[InitialN
     if file and network.where is not None:
         raise ConfigError(
             f'`initial_checkpoint={file}`: `model={config.model}` has weights of its own; pass a timm name.')
-    weights = read_weights(str(file)) if file else None
+    setting = 'initial_checkpoint' if config.initial_checkpoint else 'model_kwargs=checkpoint_path'
+    weights = read_weights(str(file), setting) if file else None
     trained = bool(file) or network.where is not None or config.backbone_pretrained
     num_classes = _num_classes(config, network, data, weights)
     cfg = timm.get_pretrained_cfg(name)
@@ -160,7 +161,10 @@ def build_model(config: TrainConfig, data: ImageData, network: Optional[InitialN
     if config.backbone_pretrained:
         fresh = num_classes != timm.get_pretrained_cfg(name.removesuffix(SUFFIX)).num_classes
     elif trained:
-        loaded = _load(config, model, network, weights, file, data)
+        if weights is not None:
+            loaded = load_weights(model, weights, Path(str(file)).name, f'`{setting}={file}`')
+        else:
+            loaded = _load_network(config, model, network, data)
         notes.append(loaded.line)
         fresh = loaded.fresh_classifier
     notes.append(f'images of {times((config.in_chans, size, size))}: {why}')
@@ -178,18 +182,8 @@ def build_model(config: TrainConfig, data: ImageData, network: Optional[InitialN
     return BuiltModel(model, data_config, notes, trained, fresh)
 
 
-def _load(
-        config: TrainConfig,
-        model: MultiExit,
-        network: InitialNetwork,
-        weights: Optional[Dict[str, torch.Tensor]],
-        file: Optional[str],
-        data: ImageData,
-) -> Loaded:
-    """Load the weights that a run starts from into its network."""
-    if weights is not None:
-        setting = 'initial_checkpoint' if config.initial_checkpoint else 'model_kwargs=checkpoint_path'
-        return load_weights(model, weights, Path(file).name, f'`{setting}={file}`')
+def _load_network(config: TrainConfig, model: MultiExit, network: InitialNetwork, data: ImageData) -> Loaded:
+    """Load the weights of the network that `--model` names."""
     names = network.class_names, data.label_names
     return load_weights(
         model,

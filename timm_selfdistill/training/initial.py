@@ -118,13 +118,17 @@ def _read_network(model: str, where: str) -> InitialNetwork:
     return InitialNetwork(name, '', where, cfg, saved, notes)
 
 
-def read_weights(file: str) -> Dict[str, torch.Tensor]:
+def read_weights(file: str, setting: str = 'initial_checkpoint') -> Dict[str, torch.Tensor]:
     """Read a file of weights as timm does, without executing anything in it.
+
+    Args:
+        file: The file.
+        setting: The setting that names it, for errors.
 
     Raises:
         ConfigError: There is none, it holds no weights, or reading it would run code.
     """
-    setting = f'`initial_checkpoint={file}`'
+    setting = f'`{setting}={file}`'
     path = Path(file).expanduser()
     if not path.is_file():
         raise ConfigError(
@@ -132,18 +136,25 @@ def read_weights(file: str) -> Dict[str, torch.Tensor]:
     try:
         state = load_state_dict(str(path))
     except (EOFError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
-        if 'weights_only' in str(e):
+        if 'weights_only' in str(e) and _is_pickled(path):
             raise ConfigError(
                 f'{setting}: it holds more than tensors, and reading that could run code. Save the weights alone, with '
                 f'safetensors.torch.save_file or torch.save(model.state_dict(), file).'
             ) from e
-        raise ConfigError(f'{setting}: cannot be read as safetensors or .pth: {reason_of(e)}.') from e
+        reason = 'it is neither' if 'weights_only' in str(e) else reason_of(e)
+        raise ConfigError(f'{setting}: cannot be read as safetensors or .pth: {reason}.') from e
     except Exception as e:  # whatever unpickling a file that is none may come upon
         raise ConfigError(f'{setting}: cannot be read as safetensors or .pth: {reason_of(e)}.') from e
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise ConfigError(f'{setting}: it holds no tensors by name. Expected what model.state_dict() returns.')
     return tensors
+
+
+def _is_pickled(path: Path) -> bool:
+    """Return whether a file begins as those that torch saves: as an archive, or in older versions as a pickle."""
+    with path.open('rb') as file:
+        return file.read(1) in (b'P', b'\x80')
 
 
 @dataclass
