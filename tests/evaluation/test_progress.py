@@ -76,3 +76,12 @@ def test_follow_passes_everything_on():
     batches = [([1, 2], 'a'), ([3], 'b')]
     assert list(follow(batches, 'x', Console(quiet=True))) == batches
     assert list(follow(iter(batches), 'x', Console(quiet=True))) == batches
+
+
+def test_a_task_without_images_has_a_count_and_an_end_alone(clock):
+    out = io.StringIO()
+    with Watch(Console(file=out)) as watch:
+        watch.begin('compare', total=3)
+        clock.now += 60.
+        watch.advance('compare')
+    assert out.getvalue() == 'compare 1/3  0:02:00 left\n'

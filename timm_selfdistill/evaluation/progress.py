@@ -31,11 +31,12 @@ class _Task:
         seconds = max(time.monotonic() - self.began, 1e-9)
         steps = self.done - self.first
         rate = self.images / seconds
-        said = f'{rate:,.0f} images/s' if rate >= 10 else f'{rate:.2g} images/s'
-        if self.total is None or not steps:
-            return said if steps else ''
-        left = round((self.total - self.done) * seconds / steps)
-        return f'{said}  {timedelta(seconds=left)} left'
+        if not steps:
+            return ''
+        said = [f'{rate:,.0f} images/s' if rate >= 10 else f'{rate:.2g} images/s'] if self.images else []
+        if self.total is not None:
+            said.append(f'{timedelta(seconds=round((self.total - self.done) * seconds / steps))} left')
+        return '  '.join(said)
 
     def said(self) -> str:
         """Return all that is known, what matters most first."""
@@ -85,8 +86,8 @@ class Watch:
         if self._bars is not None:
             task.bar = self._bars.add_task('', total=total, completed=done, said=task.said())
 
-    def advance(self, label: str, images: int, text: Optional[str] = None) -> None:
-        """Say that a step of so many images is done; `text` is shown beside it until there is another one."""
+    def advance(self, label: str, images: int = 0, text: Optional[str] = None) -> None:
+        """Say that a step, of so many images, is done; `text` is shown beside it until there is another one."""
         task = self._tasks[label]
         task.done, task.images = task.done + 1, task.images + images
         task.text = task.text if text is None else text

@@ -2,6 +2,10 @@
 import statistics
 from typing import Callable, Dict, List
 
+from rich.console import Console
+
+from ...evaluation.progress import Watch
+
 __all__ = ['compare']
 
 
@@ -14,11 +18,14 @@ def compare(functions: List[Callable[[], float]], rounds: int) -> List[Dict[str,
     """
     order = [*range(len(functions)), *reversed(range(len(functions)))]
     seconds = []
-    for turn in range(rounds):
-        taken = [0.] * len(functions)
-        for i in order[turn % len(order):] + order[:turn % len(order)]:
-            taken[i] += functions[i]() / 2
-        seconds.append(taken)
+    with Watch(Console(stderr=True)) as watch:
+        watch.begin('compare', rounds)
+        for turn in range(rounds):
+            taken = [0.] * len(functions)
+            for i in order[turn % len(order):] + order[:turn % len(order)]:
+                taken[i] += functions[i]() / 2
+            seconds.append(taken)
+            watch.advance('compare')
     figures = []
     for i, taken in enumerate(zip(*seconds)):
         figures.append(dict(seconds=statistics.median(taken)))
