@@ -251,7 +251,7 @@ def test_a_budget_buys_the_most_accuracy_and_a_drop_the_least_cost(curve):
 
 
 @pytest.mark.parametrize('aims, message', [
-    ({}, 'budget=None, accuracy_drop=None, latency=None: expected exactly one of them'),
+    ({}, 'budget=None, accuracy_drop=None, latency=None, risk=None: expected exactly one of them'),
     (dict(budget=0.5, accuracy_drop=0.), 'expected exactly one of them'),
     (dict(budget=-1), 'budget=-1: expected a number'),
     (dict(budget=math.nan), 'budget=nan'),

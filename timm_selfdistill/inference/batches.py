@@ -5,7 +5,7 @@ from typing import Any, Mapping, Tuple
 import numpy as np
 import torch
 
-__all__ = ['check_targets', 'read_batch']
+__all__ = ['check_targets', 'read_batch', 'read_images']
 
 # What people call images and labels in batches that are dicts.
 _IMAGES = ('pixel_values', 'image', 'images', 'img')
@@ -62,6 +62,29 @@ def read_batch(batch: Any, num_classes: int) -> Tuple[torch.Tensor, torch.Tensor
         raise ValueError(f'Label {odd[0].item()!r}: expected whole numbers from 0 to {num_classes - 1}.')
     check_targets(target.long(), num_classes)
     return images, target.long()
+
+
+def read_images(batch: Any) -> torch.Tensor:
+    """Read the images (N, C, H, W) of a batch whose labels, if it has any, do not matter.
+
+    Args:
+        batch: A tensor of images, or anything that `read_batch` takes, with labels or without.
+
+    Raises:
+        ValueError: The batch holds something else.
+    """
+    if isinstance(batch, Mapping):
+        found = [name for name in _IMAGES if name in batch]
+        if len(found) != 1:
+            keys = ', '.join(map(repr, batch))
+            raise ValueError(f'A batch with the keys {keys}: expected one of {", ".join(_IMAGES)}.')
+        batch = batch[found[0]]
+    elif isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+        batch = batch[0]
+    images = torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f'A batch is a {type(images).__name__}: expected images, a tensor (N, C, H, W).')
+    return images
 
 
 def check_targets(target: torch.Tensor, num_classes: int) -> None:

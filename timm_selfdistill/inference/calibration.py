@@ -13,8 +13,8 @@ from ..models.exit_rule import Candidate, ExitRule, single_exits
 from .batches import check_targets
 
 __all__ = [
-    'Calibration', 'check_aim', 'choose_point', 'exit_curve', 'fit_temperature', 'fit_temperatures',
-    'measure_thresholds', 'pareto',
+    'Calibration', 'check_aim', 'choose_point', 'exit_curve', 'fit_temperature', 'fit_temperatures', 'judge_exits',
+    'leave_at', 'measure_thresholds', 'pareto',
 ]
 
 
@@ -98,7 +98,7 @@ class Calibration:
         return self.costs.unit
 
 
-def _judge(
+def judge_exits(
         rule: ExitRule,
         logits: Sequence[torch.Tensor],
         target: torch.Tensor,
@@ -118,6 +118,18 @@ def _judge(
     return sure, right
 
 
+def leave_at(rule: ExitRule, sure: torch.Tensor) -> torch.Tensor:
+    """Return the number of the exit that each image leaves at (N,).
+
+    Args:
+        rule: The rule.
+        sure: How sure each exit is of each image (num_exits, N), as of `judge_exits`.
+    """
+    levels = [rule.level(number) for number in range(rule.num_exits)]
+    # the first of those that are sure enough
+    return torch.stack([of_exit >= level for of_exit, level in zip(sure, levels)]).byte().argmax(0)
+
+
 def _measure(
         rule: ExitRule,
         candidates: Iterable[Candidate],
@@ -127,15 +139,12 @@ def _measure(
 ) -> List[Dict[str, Any]]:
     rows = []
     count = len(right[0])
+    scores, answers = torch.stack(tuple(sure)), torch.stack(tuple(right))
     for family, thresholds in candidates:
         candidate = replace(rule, thresholds=thresholds)
-        waiting = torch.ones_like(right[0])
-        correct, leaving = 0, []
-        for number, (of_exit, is_right) in enumerate(zip(sure, right)):
-            leaves = waiting & (of_exit >= candidate.level(number))
-            waiting = waiting ^ leaves
-            correct += (leaves & is_right).sum().item()
-            leaving.append(leaves.sum().item() / count)
+        exits = leave_at(candidate, scores)
+        correct = answers.gather(0, exits[None]).sum().item()
+        leaving = [left / count for left in exits.bincount(minlength=rule.num_exits).tolist()]
         rows.append(dict(
             family=family,
             thresholds=candidate.thresholds,
@@ -170,7 +179,7 @@ def measure_thresholds(
         ValueError: Thresholds do not fit the rule, there are no images, the network does not know a label, or logits
             are not finite or not of as many exits as the rule has.
     """
-    return _measure(rule, candidates, *_judge(rule, logits, target), costs)
+    return _measure(rule, candidates, *judge_exits(rule, logits, target), costs)
 
 
 def exit_curve(
@@ -203,7 +212,7 @@ def exit_curve(
     Raises:
         ValueError: See `measure_thresholds`.
     """
-    sure, right = _judge(rule, logits, target)
+    sure, right = judge_exits(rule, logits, target)
     candidates = single_exits(rule.num_exits)
     auxiliary = rule.num_exits - 1
     if rule.criterion == 'patience':
@@ -284,13 +293,14 @@ def check_aim(
         budget: Optional[float] = None,
         accuracy_drop: Optional[float] = None,
         latency: Optional[float] = None,
+        risk: Optional[float] = None,
 ) -> Tuple[str, float]:
-    """Return which of the three is given, and its value.
+    """Return which of the four is given, and its value.
 
     Raises:
         ValueError: Not exactly one of them is given, or it is no number from 0 on.
     """
-    aims = dict(budget=budget, accuracy_drop=accuracy_drop, latency=latency)
+    aims = dict(budget=budget, accuracy_drop=accuracy_drop, latency=latency, risk=risk)
     given = [(name, value) for name, value in aims.items() if value is not None]
     if len(given) != 1:
         said = ', '.join(f'{name}={value!r}' for name, value in aims.items())

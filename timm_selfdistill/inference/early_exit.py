@@ -15,8 +15,9 @@ from ..models.exit_rule import ExitRule, Thresholds, follow_rule
 from ..models.multi_exit import MultiExit
 from ..models.names import model_name
 from ..models.probe import eval_view
-from .batches import read_batch
+from .batches import read_batch, read_images
 from .calibration import Calibration, check_aim, choose_point, exit_curve, fit_temperatures
+from .risk_control import Risk, check_promise, choose_safely
 from .runners import Runner, choose_runner
 
 __all__ = ['EarlyExit', 'EarlyExitOutput']
@@ -259,6 +260,10 @@ class EarlyExit:
             budget: Optional[float] = None,
             accuracy_drop: Optional[float] = None,
             latency: Optional[float] = None,
+            risk: Optional[float] = None,
+            confidence: float = 0.95,
+            risk_of: Risk = 'accuracy',
+            bound: Optional[str] = None,
     ) -> Calibration:
         """Choose temperatures and thresholds on held-out data.
 
@@ -275,21 +280,36 @@ class EarlyExit:
                 do so are chosen.
             latency: Milliseconds that an image may take on average, on this machine and in batches as the loader's
                 first; chosen like a budget, from the time that each part of the network is measured to take.
+            risk: A promise in place of an aim: early exit loses this share of accuracy at most, 0.01 for one point,
+                with the probability `confidence` over the images given. The cheapest thresholds that can promise it are
+                chosen, see `risk_control.choose_safely`; where none can, nothing leaves early.
+            confidence: See there.
+            risk_of: `accuracy`, or `agreement`: the share of images that are classified otherwise than at the end. Then
+                no labels are needed, nor looked at.
+            bound: By which test, a name in `risk_control.BOUNDS`; the tighter one when None.
 
         Returns:
             The rule, what it comes to on these data, and the whole curve of accuracy over cost.
 
         Raises:
-            ValueError: Not exactly one of the three is given, no thresholds reach it, there are no images, some are of
-                classes that the network does not know, or a batch cannot be read. Nothing is changed then.
+            ValueError: Not exactly one of the four is given, no thresholds reach it, there are no images, or too few to
+                promise it, some are of classes that the network does not know, or a batch cannot be read. Nothing is
+                changed then.
         """
-        check_aim(budget, accuracy_drop, latency)  # before all the work
+        check_aim(budget, accuracy_drop, latency, risk)  # before all the work
+        if risk is not None:
+            check_promise(risk, confidence, risk_of, bound)
+        labelled = risk is None or risk_of == 'accuracy'
         seen: Set[bytes] = set()
         first: List[torch.Tensor] = []
 
         def checked() -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
             for batch in loader:
-                images, target = read_batch(batch, self.rule.num_classes)
+                if labelled:
+                    images, target = read_batch(batch, self.rule.num_classes)
+                else:
+                    images = read_images(batch)
+                    target = torch.zeros(len(images), dtype=torch.long)
                 seen.update(_digests(images))
                 images = self._put(images)
                 first[:] = first or [images]
@@ -299,15 +319,21 @@ class EarlyExit:
 
         view = self._make_ready().view
         logits, target = collect_logits(view, checked())
-        temperatures = fit_temperatures(logits, target, self.rule.ensemble)
-        rule = replace(self.rule, thresholds=None, temperatures=temperatures)
         if latency is None:
             costs = compute_costs(view, tuple(first[0].shape[1:]))
         else:
             costs = measure_costs(view, first[0])
-        curve = exit_curve(rule, logits, target, costs)
-        point = choose_point(curve, budget, accuracy_drop, latency)
-        self.rule = replace(rule, thresholds=point['thresholds'])
+        if risk is None:
+            temperatures = fit_temperatures(logits, target, self.rule.ensemble)
+            rule = replace(self.rule, thresholds=None, temperatures=temperatures)
+            curve = exit_curve(rule, logits, target, costs)
+            point = choose_point(curve, budget, accuracy_drop, latency)
+            self.rule = replace(rule, thresholds=point['thresholds'])
+        else:
+            self.rule, point, curve = choose_safely(
+                self.rule, logits, target if labelled else None, costs, risk, confidence, risk_of, bound)
+            if point['thresholds'] == curve[0]['thresholds']:
+                _logger.warning(f'No thresholds can promise risk={risk!r} on these images: nothing leaves early.')
         self.model.exit_rule = self.rule
         self._calibrated_on = seen
         return Calibration(self.rule, point, curve, len(target), costs)
