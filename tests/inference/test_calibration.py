@@ -8,12 +8,14 @@ import shutil
 import sys
 from itertools import product
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 from helpers import RECIPES
 from helpers.images import write_two_colours
+from PIL import Image
 
 from timm_selfdistill.costs import MS, RunCosts, compute_costs, exit_costs, measure_costs
 from timm_selfdistill.evaluation.plots import plot_first_and_last
@@ -335,10 +337,34 @@ def test_the_recipe_takes_a_latency_and_patience(run, monkeypatch, capsys):
     assert json.loads((run / 'config.json').read_text())['model_args']['early_exit']['criterion'] == 'patience'
 
 
+def test_the_recipe_promises_agreement_on_images_without_labels(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'photos' / 'more').mkdir(parents=True)
+    for number in range(60):
+        pixels = np.random.default_rng(number).integers(256, size=(32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / 'photos' / ('more' if number % 2 else '.') / f'{number}.png')
+    calibrate(monkeypatch, '--checkpoint', run, '--risk', 0.4, '--confidence', 0.9, '--risk-of', 'agreement',
+              '--unlabelled', tmp_path / 'photos')
+    told = ' '.join(capsys.readouterr().out.split())
+    promise = json.loads((run / 'config.json').read_text())['model_args']['early_exit']['promise']
+    assert (promise['risk'], promise['confidence'], promise['risk_of']) == (0.4, 0.9, 'agreement')
+    assert (promise['chosen_on'], promise['tested_on']) == (15, 45)
+    sentence = 'with a probability of 0.9 at most 40 % of the images are classified otherwise than at the end'
+    assert f'guarantee: {sentence}' in told
+    predictor = EarlyExit(timm.create_model(f'local-dir:{run}', pretrained=True))
+    assert str(predictor.rule.promise).startswith(sentence)
+
+
 @pytest.mark.parametrize('arguments, message', [
     ([], 'pass exactly one of them'),
     (['--budget', 0.5, '--latency', 1], 'pass exactly one of them'),
     (['--budget', 0.5, '--latency-batch-size', 1], '--latency-batch-size 1: is for --latency only'),
+    (['--risk', 0.1, '--budget', 0.5], 'pass exactly one of them'),
+    (['--risk', 1.5], '--risk: risk=1.5: expected a number above 0 and below 1'),
+    (['--risk', 0.01, '--confidence', 95], '--risk: confidence=95.0: expected a number above 0'),
+    (['--budget', 0.5, '--confidence', 0.9], '--confidence 0.9: is for --risk only'),
+    (['--risk', 0.0001], 'images cannot promise that, even if early exit never errs on them;'),
+    (['--risk', 0.1, '--unlabelled', 'data'], 'goes with --risk and --risk-of agreement'),
+    (['--risk', 0.1, '--risk-of', 'agreement', '--unlabelled', 'none'], '--unlabelled none: expected a folder'),
     (['--budget', 0.01], '--budget: budget=0.01: too low'),
     (['--budget', 'nan'], '--budget: budget=nan'),
     (['--budget', 0.5, '--data-dir', 'data', '--label-column', 'fine'], 'has no validation split of its own'),

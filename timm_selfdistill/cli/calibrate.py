@@ -7,19 +7,27 @@ from typing import Any, Dict, List, Literal, Optional, Tuple
 import torch
 import tyro
 from rich.console import Console
+from timm.data import resolve_data_config
 
 from ..costs import RunCosts
 from ..data.image_data import ImageData, ImageSplit, hold_out
-from ..errors import ConfigError
+from ..data.unlabelled import find_images, image_split
+from ..errors import ConfigError, DataError
 from ..evaluation.plots import plot_early_exit, plot_first_and_last
 from ..evaluation.tables import print_rows
-from ..evaluation.trained_network import EvaluationConfig, TrainedNetwork, check_held_out, open_network
+from ..evaluation.trained_network import (
+    EvaluationConfig,
+    TrainedNetwork,
+    check_device,
+    check_held_out,
+    open_network,
+)
 from ..hub.card import write_card
-from ..hub.networks import write_exit_rule
+from ..hub.networks import class_names, load_checkpoint, write_exit_rule
 from ..inference.calibration import Calibration, measure_thresholds, pareto
 from ..inference.early_exit import EarlyExit, EarlyExitOutput
 from ..metrics import collect_logits
-from ..models.exit_rule import ExitRule, confidence_score, single_exits
+from ..models.exit_rule import ExitRule, confidence_score, follow_rule, single_exits
 from ..models.multi_exit import shown_name
 from ..run_files import is_complete, write_json
 from .launch import run_command
@@ -31,8 +39,8 @@ SHEET = 16  # images that left first, and as many that left last
 class CalibrateConfig(EvaluationConfig):
     """Choose temperatures and thresholds of early exit on the validation split, and measure them on the test split.
 
-    Exactly one of --budget, --accuracy-drop and --latency says what for. The rule is written into the config.json of
-    the run, where timm_selfdistill.EarlyExit finds it. Where there is no test split nothing is measured.
+    Exactly one of --budget, --accuracy-drop, --latency and --risk says what for. The rule is written into the run's
+    config.json, where timm_selfdistill.EarlyExit finds it. Where there is no test split nothing is measured.
     """
 
     checkpoint: str
@@ -44,6 +52,14 @@ class CalibrateConfig(EvaluationConfig):
     is the ensemble of all exits, not the deepest one."""
     latency: Optional[float] = None
     """Milliseconds that an image may take on average on this machine."""
+    risk: Optional[float] = None
+    """A guarantee: early exit loses at most this share of accuracy against running to the end, 0.01 for one point."""
+    confidence: Optional[float] = None
+    """Probability over the held-out images with which --risk is kept; 0.95 when None."""
+    risk_of: Literal['accuracy', 'agreement'] = 'accuracy'
+    """Of what --risk is a share: accuracy, or agreement with the answers at the end, which takes no labels."""
+    unlabelled: Optional[str] = None
+    """Folder of images without labels to choose on, for --risk-of agreement; nothing else is measured then."""
     latency_batch_size: Optional[int] = None
     """Images at a time when the latency is measured; --batch-size when None."""
     criterion: Literal['confidence', 'margin', 'entropy', 'patience'] = 'confidence'
@@ -59,7 +75,50 @@ class CalibrateConfig(EvaluationConfig):
 
 def aims(config: CalibrateConfig) -> List[str]:
     """Return which of the settings that say what for are given."""
-    return [name for name in ('budget', 'accuracy_drop', 'latency') if getattr(config, name) is not None]
+    return [name for name in ('budget', 'accuracy_drop', 'latency', 'risk') if getattr(config, name) is not None]
+
+
+def open_data(config: CalibrateConfig) -> TrainedNetwork:
+    """Open the network, and the images to choose on and to measure on."""
+    if config.unlabelled is None:
+        network = open_network(config.checkpoint, config)
+        if network.model.num_exits > 1:
+            check_held_out(network, test=False)
+            keep_test_apart(network.data, config.test_fraction)
+        return network
+    check_device(config.device)
+    model, _ = load_checkpoint(config.checkpoint)
+    data_config = resolve_data_config(model=model)
+    files = find_images(Path(config.unlabelled))
+    if not files:
+        raise DataError(f'--unlabelled {config.unlabelled}: there are no images below it.')
+    split = image_split(files, 'validation', 'L' if data_config['input_size'][0] == 1 else 'RGB')
+    data = ImageData(
+        name=Path(config.unlabelled).resolve().name, train=None, validation=split, test=None,
+        num_classes=model.num_classes, label_names=class_names(model), image_size=data_config['input_size'][1:])
+    keep_test_apart(data, config.test_fraction)
+    return TrainedNetwork(model.to(config.device), data, data_config, config)
+
+
+def check_settings(config: CalibrateConfig) -> None:
+    """Raise ConfigError for settings that do not go together."""
+    if len(aims(config)) != 1:
+        raise ConfigError('--budget, --accuracy-drop, --latency, --risk: pass exactly one of them.')
+    if config.latency_batch_size is not None and config.latency is None:
+        raise ConfigError(f'--latency-batch-size {config.latency_batch_size}: is for --latency only.')
+    if config.risk is None:
+        if config.confidence is not None:
+            raise ConfigError(f'--confidence {config.confidence}: is for --risk only.')
+        if config.risk_of != 'accuracy':
+            raise ConfigError(f'--risk-of {config.risk_of}: is for --risk only.')
+    if config.unlabelled is not None:
+        if config.risk is None or config.risk_of != 'agreement':
+            raise ConfigError(f'--unlabelled {config.unlabelled}: goes with --risk and --risk-of agreement, as all else '
+                              f'takes labels.')
+        if config.dataset or config.data_dir:
+            raise ConfigError(f'--unlabelled {config.unlabelled}: goes without --dataset and --data-dir.')
+        if not Path(config.unlabelled).is_dir():
+            raise ConfigError(f'--unlabelled {config.unlabelled}: expected a folder of images.')
 
 
 def calibrate(predictor: EarlyExit, network: TrainedNetwork, config: CalibrateConfig) -> Calibration:
@@ -69,7 +128,8 @@ def calibrate(predictor: EarlyExit, network: TrainedNetwork, config: CalibrateCo
             network, config=dataclasses.replace(network.config, batch_size=config.latency_batch_size))
     try:
         return predictor.calibrate(
-            network.batches(network.data.validation), config.budget, config.accuracy_drop, config.latency)
+            network.batches(network.data.validation), config.budget, config.accuracy_drop, config.latency, config.risk,
+            0.95 if config.confidence is None else config.confidence, config.risk_of)
     except ValueError as e:
         option, = aims(config)
         raise ConfigError(f'--{option.replace("_", "-")}: {e}') from e
@@ -148,20 +208,15 @@ def table_row(part: str, images: int, what: str, row: Dict[str, Any]) -> Dict[st
 
 def _main() -> None:
     config = tyro.cli(CalibrateConfig)
-    if len(aims(config)) != 1:
-        raise ConfigError('--budget, --accuracy-drop, --latency: pass exactly one of them.')
-    if config.latency_batch_size is not None and config.latency is None:
-        raise ConfigError(f'--latency-batch-size {config.latency_batch_size}: is for --latency only.')
+    check_settings(config)
     folder = Path(config.checkpoint.removeprefix('local-dir:'))
     if not (folder / 'config.json').is_file():
         raise ConfigError(f'--checkpoint {config.checkpoint}: expected the folder of a run, which the rule is written '
                           f'into; there is no config.json.')
-    network = open_network(config.checkpoint, config)
+    network = open_data(config)
     model, data = network.model, network.data
     if model.num_exits == 1:
         raise ConfigError(f'--checkpoint {config.checkpoint}: {shown_name(model)} has no auxiliary exits to leave at.')
-    check_held_out(network, test=False)
-    keep_test_apart(data, config.test_fraction)
     predictor = EarlyExit(model)
     # whatever rule the run had before
     predictor.rule = ExitRule(
@@ -172,6 +227,9 @@ def _main() -> None:
     splits = {name: split for name, split in data.splits().items() if name != 'train'}
     shown, split = list(splits.items())[-1]  # the test split, if there is one
     parts = {name: collect_logits(model, network.batches(split), network.device) for name, split in splits.items()}
+    if config.unlabelled is not None:  # what is right is what the network answers at its end
+        at_end = dataclasses.replace(rule, thresholds=None)
+        parts = {name: (logits, follow_rule(at_end, logits)[0].argmax(-1)) for name, (logits, _) in parts.items()}
     out, target = run_early(predictor, network, split), parts[shown][1]
     points = dict(validation=calibration.point)
     if shown == 'test':
@@ -195,9 +253,13 @@ def _main() -> None:
     for family, name in (('budgeted', 'budgeted batch'), ('shared', 'one threshold for all exits')):
         curves[name] = [row for row in curve[shown] if row['family'] == family]
     title = f'{shown_name(model)} on {data.name}'
+    if config.unlabelled is not None:
+        title += '; top-1 is agreement with the answers at the end'
     unit = calibration.unit if calibration.unit != 'ms' else 'ms for one image'
     on_split = f'{title}, {shown} split ({len(split):,} images)'
     chosen = 'chosen on the validation split' if shown == 'test' else 'chosen on these images, measured on no others'
+    if rule.promise is not None:
+        chosen += '\n' + str(rule.promise)
     plot_early_exit(
         {name: curve for name, curve in curves.items() if curve}, exits[shown], points[shown],
         f'{on_split}; {chosen}', output / 'early_exit.png', unit)
@@ -210,6 +272,8 @@ def _main() -> None:
         dataset=data.name, aim={option: value}, unit=calibration.unit,
         images={part: len(logits[1]) for part, logits in parts.items()}, **points,
     )
+    if config.unlabelled is not None:
+        summary['agreement'] = True
     if config.test_fraction is not None:
         summary['test_fraction'] = config.test_fraction
     write_json(folder / 'early_exit.json', summary)
@@ -219,6 +283,8 @@ def _main() -> None:
     console = Console(highlight=False)
     print_rows(console, rows, f'{title}; cost is {unit}')
     console.print(repr(predictor), soft_wrap=True, markup=False)
+    if rule.promise is not None:
+        console.print(f'guarantee: {rule.promise}', soft_wrap=True, markup=False)
     if shown != 'test':
         console.print(
             f'{data.name} has no test split, so nothing was measured: these are the images that the thresholds were '

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import split_model_name_tag
 
 from ..config import TrainConfig
+from ..models.exit_rule import Promise
 from ..models.names import SUFFIX
 from ..publishing import data_name, place_name, public_settings
 from ..run_files import LATENCY_NAME, RECORD
@@ -32,6 +33,7 @@ _AIMS = {
     'budget': 'to take {:.3g} of the plain network\'s MACs on average',
     'accuracy_drop': 'to lose no more than {:.3g} percentage points of top-1 accuracy',
     'latency': 'to take {:.3g} ms on average',
+    'risk': 'to keep a guarantee',
 }
 
 
@@ -171,6 +173,8 @@ def write_card(
         early_exit = dict(
             early_exit, dataset=place_name(early_exit['dataset'], hub_id=True), aim=_AIMS[aim].format(value),
             rule=config['model_args']['early_exit'])
+        promise = early_exit['rule'].get('promise')
+        early_exit['promise'] = promise and str(Promise(**promise))
     source = source or f'local-dir:{folder.resolve().name}'
     repository, _, revision = source.partition(':')[2].partition('@')
     card = ModelCard.from_template(
