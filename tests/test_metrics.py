@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import timm
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from timm_selfdistill.costs import exit_costs
 from timm_selfdistill.metrics import (
     ExitEvaluator,
+    area_under_risk_coverage,
     collect_features,
     collect_logits,
     ensemble_logits,
@@ -37,6 +40,24 @@ def test_counts_loss_and_calibration_against_numpy():
         if inside.any():
             error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
     assert out['ece'] == pytest.approx(100 * error, rel=1e-4)
+    wrong = ~correct[np.argsort(-confidence)]
+    assert out['aurc'] == pytest.approx(100 * np.mean(np.cumsum(wrong) / np.arange(1, 1001)), rel=1e-6)
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_the_area_under_risk_and_coverage_is_a_mean_over_all_orders_of_ties(seed):
+    generator = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(1, 7, (1,), generator=generator))
+    confidence = torch.randint(3, (count,), generator=generator) / 2
+    correct = torch.rand(count, generator=generator) < 0.5
+    areas = []
+    for order in itertools.permutations(range(count)):
+        if all(confidence[a] >= confidence[b] for a, b in zip(order, order[1:])):
+            wrong = (~correct[list(order)]).double()
+            areas.append((wrong.cumsum(0) / torch.arange(1, count + 1)).mean().item())
+    found = area_under_risk_coverage(confidence, correct)
+    assert found == pytest.approx(sum(areas) / len(areas))
+    assert area_under_risk_coverage(confidence ** 2 * 5, correct) == pytest.approx(found)  # the order alone counts
 
 
 def test_a_perfectly_calibrated_exit_has_no_calibration_error():

@@ -15,8 +15,8 @@ from .models.names import exit_names
 from .models.probe import eval_mode
 
 __all__ = [
-    'ExitEvaluator', 'collect_features', 'collect_logits', 'ensemble_logits', 'evaluate_exits', 'exit_table',
-    'learn_ensemble',
+    'ExitEvaluator', 'area_under_risk_coverage', 'collect_features', 'collect_logits', 'ensemble_logits',
+    'evaluate_exits', 'exit_table', 'learn_ensemble',
 ]
 
 
@@ -86,8 +86,35 @@ def learn_ensemble(logits: Sequence[torch.Tensor], target: torch.Tensor) -> torc
     return free.detach().softmax(0)
 
 
+def area_under_risk_coverage(confidence: torch.Tensor, correct: torch.Tensor) -> float:
+    """Compute how often an exit errs on the images it is most confident of, on average over how many these are.
+
+    AURC, the area under the curve of risk (errors among the images taken) and coverage (share of the images taken, the
+    most confident first): Geifman and El-Yaniv, NeurIPS 2017, arXiv 1705.08500. What counts for early exit is that the
+    confidence puts the images in the right order; that it is calibrated changes nothing there. Images of the same
+    confidence are taken in every order, on average.
+
+    Args:
+        confidence: Confidence score of each image (N,).
+        correct: Whether it is right (N,).
+
+    Returns:
+        The area, 0 to 1; the lower the better.
+
+    >>> area_under_risk_coverage(torch.tensor([0.9, 0.8]), torch.tensor([True, False]))
+    0.25
+    """
+    values, groups = confidence.unique(return_inverse=True)
+    sizes = torch.bincount(groups, minlength=len(values)).double()
+    wrong = torch.bincount(groups, weights=correct.logical_not().double(), minlength=len(values))
+    order = groups.argsort(descending=True)
+    errors = (wrong / sizes)[groups[order]].cumsum(0)
+    return (errors / torch.arange(1, len(errors) + 1, device=errors.device)).mean().item()
+
+
 class ExitEvaluator(ClassificationEvaluator):
-    """timm's evaluator (loss, top-1, top-5 from integer counts) with the expected calibration error added.
+    """timm's evaluator (loss, top-1, top-5 from integer counts) with the expected calibration error and the area
+    under risk and coverage added, see `area_under_risk_coverage`.
 
     The calibration error (Guo et al., ICML 2017, arXiv 1706.04599) is the mean distance between confidence and
     accuracy over equal bins of confidence, weighted by the images in a bin; reported in percent like the accuracies.
@@ -100,7 +127,7 @@ class ExitEvaluator(ClassificationEvaluator):
         num_classes: Classes of the logits; found out from the first batch when None.
     """
 
-    metric_names = (*ClassificationEvaluator.metric_names, 'ece')
+    metric_names = (*ClassificationEvaluator.metric_names, 'ece', 'aurc')
 
     def __init__(self, device: Optional[torch.device] = None, bins: int = 15, num_classes: Optional[int] = None):
         self.bins = bins
@@ -111,6 +138,7 @@ class ExitEvaluator(ClassificationEvaluator):
         super().reset()
         # per bin: images, correct ones, sum of confidences
         self.calibration = torch.zeros((3, self.bins), dtype=self.loss_sum.dtype, device=self.device)
+        self.judged: List[Tuple[torch.Tensor, torch.Tensor]] = []  # confidence of each image, and whether it is right
 
     @torch.no_grad()
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
@@ -118,6 +146,7 @@ class ExitEvaluator(ClassificationEvaluator):
         super().update(output, target)
         self.num_classes = output.shape[-1]
         confidence, prediction = output.detach().float().softmax(-1).max(-1)
+        self.judged.append((confidence, prediction.eq(target)))
         confidence = confidence.to(self.calibration.dtype)
         index = (confidence * self.bins).ceil().long().sub(1).clamp(0, self.bins - 1)
         ones = torch.ones_like(confidence)
@@ -125,17 +154,22 @@ class ExitEvaluator(ClassificationEvaluator):
         self.calibration.index_add_(1, index, rows)
 
     def compute(self, distributed: bool = False) -> Dict[str, Any]:
-        """Return loss, top1, top5 and ece, and the integer counts behind them, over all processes.
+        """Return loss, top1, top5, ece and aurc, and the integer counts behind them, over all processes.
 
         What is of the top 5 is None with 5 classes or fewer.
         """
         totals, calibration = self.counts.clone(), self.calibration.clone()
+        judged = [tuple(torch.cat(part).cpu() for part in zip(*self.judged))] if self.judged else []
         if distributed:
+            of_all: List[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(of_all, judged)
+            judged = [pair for of_process in of_all for pair in of_process]
             dist.all_reduce(totals)
             dist.all_reduce(calibration)
         _, correct, confidence = calibration
         metrics = super().compute(distributed)
         metrics['ece'] = 100 * ((correct - confidence).abs().sum() / calibration[0].sum().clamp(min=1)).item()
+        metrics['aurc'] = 100 * area_under_risk_coverage(*map(torch.cat, zip(*judged))) if judged else 0.
         metrics.update(zip(('count', 'top1_count', 'top5_count'), totals.tolist()))
         if self.num_classes is not None and self.num_classes < 6:
             metrics.update(top5=None, top5_count=None)
@@ -163,8 +197,8 @@ def evaluate_exits(
         agreement: Take what the deepest exit answers for the labels; those given are not looked at.
 
     Returns:
-        By exit name (see `exit_names`): loss (mean negative log likelihood), top1, top5, ece in percent, and the
-        integer counts count, top1_count, top5_count; those of the top 5 are None with 5 classes or fewer. With
+        By exit name (see `exit_names`): loss (mean negative log likelihood), top1, top5, ece and aurc in percent,
+        and the integer counts count, top1_count, top5_count; those of the top 5 are None with 5 classes or fewer. With
         `agreement` also `agreement`, True.
     """
     evaluators = OrderedDict(

@@ -67,6 +67,7 @@ def test_two_processes_give_the_loss_gradients_and_counts_of_one(tmp_path, teach
             assert [metrics[k] for k in COUNTS] == pytest.approx([other[k] for k in COUNTS], abs=1), name
             assert metrics['loss'] == pytest.approx(other['loss'], rel=1e-5)
             assert metrics['ece'] == pytest.approx(other['ece'], abs=200 / count)
+            assert metrics['aurc'] == pytest.approx(other['aurc'], abs=200 / count)
 
 
 TINY = ('--model', 'test_resnet', '--exits', 2, 3, '--epochs', 2, '--batch-size', 100)

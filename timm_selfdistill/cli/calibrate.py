@@ -113,8 +113,8 @@ def check_settings(config: CalibrateConfig) -> None:
             raise ConfigError(f'--risk-of {config.risk_of}: is for --risk only.')
     if config.unlabelled is not None:
         if config.risk is None or config.risk_of != 'agreement':
-            raise ConfigError(f'--unlabelled {config.unlabelled}: goes with --risk and --risk-of agreement, as all else '
-                              f'takes labels.')
+            raise ConfigError(f'--unlabelled {config.unlabelled}: goes with --risk and --risk-of agreement, as all '
+                              f'else takes labels.')
         if config.dataset or config.data_dir:
             raise ConfigError(f'--unlabelled {config.unlabelled}: goes without --dataset and --data-dir.')
         if not Path(config.unlabelled).is_dir():

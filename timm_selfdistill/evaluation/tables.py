@@ -61,7 +61,7 @@ def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
     table.add_column('after', no_wrap=True)
     top5 = rows[0]['top5'] is not None
     measure = 'agree %' if rows[0].get('agreement') else 'top-1 %'
-    for column in ('params', 'MACs', 'share %', measure, *(('top-5 %',) if top5 else ()), 'NLL', 'ECE %'):
+    for column in ('params', 'MACs', 'share %', measure, *(('top-5 %',) if top5 else ()), 'NLL', 'ECE %', 'AURC %'):
         table.add_column(column, justify='right', no_wrap=True)
     for row in rows:
         table.add_row(
@@ -74,6 +74,7 @@ def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
             *([f'{row["top5"]:.2f}'] if top5 else []),
             f'{row["loss"]:.4f}',
             f'{row["ece"]:.2f}',
+            f'{row["aurc"]:.2f}' if 'aurc' in row else '',  # runs of older versions lack it
         )
     return table
 

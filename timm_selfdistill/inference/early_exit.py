@@ -345,8 +345,8 @@ class EarlyExit:
             loader: Images (N, C, H, W) and labels (N,), as `calibrate` takes them.
 
         Returns:
-            loss, top1, top5 and ece as of `metrics.ExitEvaluator`, with the temperatures applied; `count`; `cost`, the
-            MACs of an image on average as a share of the plain network's; and `leaving`, the share of the
+            loss, top1, top5, ece and aurc as of `metrics.ExitEvaluator`, with the temperatures applied; `count`;
+            `cost`, the MACs of an image on average as a share of the plain network's; and `leaving`, the share of the
             images that left at each exit.
 
         Raises:

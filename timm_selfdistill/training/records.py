@@ -95,7 +95,7 @@ def exit_figures(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
         rows: What `metrics.exit_table` returned.
 
     Returns:
-        Of every exit, shallow to deep, `shares` (of the plain network's MACs), `top1` and `ece` (percent), and
+        Of every exit, shallow to deep, `shares` (of the plain network's MACs), `top1`, `ece` and `aurc` (percent), and
         `ensemble_top1` and `ensemble_ece`, None for a network of one exit.
     """
     exits = [row for row in rows if row['exit'] != 'ensemble']
@@ -106,6 +106,8 @@ def exit_figures(rows: List[Dict[str, Any]]) -> Dict[str, Any]:
         ensemble_top1=round(ensemble['top1'], 4) if len(exits) > 1 else None,
         ece=[round(row['ece'], 4) for row in exits],
         ensemble_ece=round(ensemble['ece'], 4) if len(exits) > 1 else None,
+        # runs of older versions lack it
+        **(dict(aurc=[round(row['aurc'], 4) for row in exits]) if 'aurc' in rows[0] else {}),
     )
 
 
