@@ -204,21 +204,28 @@ class EarlyExit:
         here: Optional[torch.Tensor] = None  # rows of the images that are still in the batch, None for all
         memory: Dict[str, torch.Tensor] = {}
         taken = exits = None
+        last = 0  # the exit that all images left at, as long as they are all together
 
         def at_exit(number: int, logits: torch.Tensor) -> Optional[torch.Tensor]:
-            nonlocal here, memory, taken, exits
+            nonlocal here, memory, taken, exits, last
             decided, sure, memory = rule.judge(number, logits, memory)
             # what images that go on are given here a later exit overwrites, which costs less than to sort them out
             if here is None:
-                taken, exits = decided, torch.full(decided.shape[:1], number, device=decided.device)
+                taken, last = decided, number
             else:
                 taken[here], exits[here] = decided, number
             if number == rule.num_exits - 1:
                 return None
-            rows = (sure >= rule.level(number)).logical_not().nonzero().squeeze(1)
-            if len(rows) == len(sure):
-                return None
-            here = rows if here is None else here[rows]
+            leaves = sure >= rule.level(number)
+            if len(sure) == 1:  # where most of the time goes into launching operations
+                return torch.empty(0, dtype=torch.long, device=leaves.device) if leaves else None
+            rows = leaves.logical_not().nonzero().squeeze(1)  # waits for the device, once
+            if len(rows) in (0, len(sure)):
+                return rows if not len(rows) else None
+            if here is None:
+                here, exits = rows, torch.full(leaves.shape, number, device=leaves.device)
+            else:
+                here = here[rows]
             memory = {name: value[rows] for name, value in memory.items()}
             return rows
 
@@ -227,6 +234,9 @@ class EarlyExit:
         run(images, at_exit, wanted)
         if taken.isnan().any():
             self._explain_nan(images, taken)
+        if here is None:
+            exits = torch.full(taken.shape[:1], last, device=taken.device)
+            return EarlyExitOutput(taken, exits, taken.new_full(taken.shape[:1], rule.temperatures[last]))
         return EarlyExitOutput(taken, exits, taken.new_tensor(rule.temperatures)[exits])
 
     def _explain_nan(self, images: torch.Tensor, logits: torch.Tensor) -> None:
