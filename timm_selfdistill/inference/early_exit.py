@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
-import torch.nn as nn
 from timm.utils import unwrap_model
 
 from ..costs import compute_costs, measure_costs
@@ -14,11 +13,11 @@ from ..metrics import ExitEvaluator, collect_logits
 from ..models.exit_rule import ExitRule, Thresholds, follow_rule
 from ..models.multi_exit import MultiExit
 from ..models.names import model_name
-from ..models.probe import eval_view
 from .batches import read_batch, read_images
 from .calibration import Calibration, check_aim, choose_point, exit_curve, fit_temperatures
+from .ready import Ready, device_and_dtype
 from .risk_control import Risk, check_promise, choose_safely
-from .runners import Runner, choose_runner
+from .runners import Runner
 
 __all__ = ['EarlyExit', 'EarlyExitOutput']
 
@@ -47,34 +46,6 @@ class EarlyExitOutput:
     def probabilities(self) -> torch.Tensor:
         """Calibrated probabilities (N, num_classes)."""
         return (self.logits / self.temperatures[:, None]).softmax(-1)
-
-
-class _Ready:
-    """A view of a network in eval mode, and a way to run it, which nobody else runs.
-
-    Args:
-        model: The network; neither it nor its mode is touched.
-    """
-
-    def __init__(self, model: MultiExit):
-        self.view = eval_view(model)
-        self.runner: Runner = choose_runner(self.view)
-        self.stages = model.stages
-        self.children = [(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules]
-        # graphs hold tensors and are made for one precision; whatever else runs finds those that the network has now
-        held = [named for m in model.modules() for named in (m._parameters, m._buffers)]
-        graphs = self.runner.kind == 'graphs'
-        self.tensors = [(named, name, tensor) for named in held for name, tensor in named.items()] if graphs else []
-        self.kind = _kind(model) if graphs else None
-
-    def fits(self, model: MultiExit) -> bool:
-        """Return whether the network still has the modules that it had."""
-        return (
-            self.stages is model.stages
-            and all(tuple(now.values()) == children for now, children in self.children)
-            and all(named.get(name) is tensor for named, name, tensor in self.tensors)
-            and self.kind in (None, _kind(model))
-        )
 
 
 class EarlyExit:
@@ -131,7 +102,7 @@ class EarlyExit:
         else:
             self.rule = ExitRule(
                 model.num_exits, model.num_classes, thresholds, criterion, temperatures, ensemble)
-        self._ready = _Ready(model)
+        self._ready = Ready(model)
         if not self.compacts:
             _logger.warning(f'{model_name(model)}: {self.runner.how}')
         self._calibrated_on: Set[bytes] = set()
@@ -158,7 +129,7 @@ class EarlyExit:
         """How the network is executed."""
         return self._ready.runner
 
-    def _make_ready(self) -> _Ready:
+    def _make_ready(self) -> Ready:
         """Return how to run the network as it is now.
 
         Raises:
@@ -174,13 +145,13 @@ class EarlyExit:
                 )
             with _making_ready:
                 if not self._ready.fits(self.model):
-                    self._ready = _Ready(self.model)
+                    self._ready = Ready(self.model)
                 ready = self._ready
         return ready
 
     def _put(self, images: torch.Tensor) -> torch.Tensor:
         """Move images where the model is, in its precision."""
-        device, dtype = _kind(self.model)
+        device, dtype = device_and_dtype(self.model)
         return _check_images(images).to(device, dtype, non_blocking=True)
 
     def __call__(self, images: torch.Tensor) -> EarlyExitOutput:
@@ -198,7 +169,7 @@ class EarlyExit:
             ValueError: There are no images, they are no floating point tensor of this shape or not of a size that the
                 network takes, some hold NaN, or the network has other exits or classes by now.
         """
-        images = _check_images(images).to(_kind(self.model)[1])
+        images = _check_images(images).to(device_and_dtype(self.model)[1])
         run = self._make_ready().runner
         rule, heads = self.rule, self.model.exit_heads
         here: Optional[torch.Tensor] = None  # rows of the images that are still in the batch, None for all
@@ -364,7 +335,7 @@ class EarlyExit:
                 images of their training sets), there are none, some are of classes that the network does not know, or a
                 batch cannot be read.
         """
-        device = _kind(self.model)[0]
+        device = device_and_dtype(self.model)[0]
         evaluator = ExitEvaluator(device)
         leaving = torch.zeros(self.rule.num_exits, dtype=torch.long)
         size: Tuple[int, ...] = ()
@@ -388,11 +359,6 @@ class EarlyExit:
         costs = compute_costs(self._make_ready().view, size).of(self.rule)
         cost = sum(share * cost for share, cost in zip(shares, costs))
         return dict(evaluator.compute(), cost=cost, leaving=shares)
-
-
-def _kind(model: nn.Module) -> Tuple[torch.device, torch.dtype]:
-    like = next(model.parameters())
-    return like.device, like.dtype
 
 
 def _check_images(images: torch.Tensor) -> torch.Tensor:
