@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import split_model_name_tag
 
 from ..config import TrainConfig
-from ..models.exit_rule import Promise
 from ..models.names import SUFFIX
+from ..models.rule_notes import Promise
 from ..publishing import data_name, place_name, public_settings
 from ..run_files import LATENCY_NAME, RECORD
 

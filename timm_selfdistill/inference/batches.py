@@ -1,11 +1,12 @@
 """Images and labels, whatever form a loader gives them in."""
+import hashlib
 from reprlib import repr as shortened
-from typing import Any, Mapping, Tuple
+from typing import Any, List, Mapping, Tuple
 
 import numpy as np
 import torch
 
-__all__ = ['check_targets', 'read_batch', 'read_images']
+__all__ = ['check_images', 'check_targets', 'digests', 'read_batch', 'read_images']
 
 # What people call images and labels in batches that are dicts.
 _IMAGES = ('pixel_values', 'image', 'images', 'img')
@@ -99,3 +100,19 @@ def check_targets(target: torch.Tensor, num_classes: int) -> None:
     if len(wrong):
         raise ValueError(f'Label {wrong[0].item()} is unknown to the network, which has the classes 0 to '
                          f'{num_classes - 1} ({len(wrong)} such images).')
+
+
+def check_images(images: torch.Tensor) -> torch.Tensor:
+    """Return images if they are a floating point tensor (N, C, H, W) of one or more; raise ValueError otherwise."""
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f'images of shape {tuple(images.shape)}: expected (N, C, H, W) with one image or more.')
+    if not images.is_floating_point():
+        raise ValueError(
+            f'images of {images.dtype}: expected floating point, as timm.data.create_transform() makes them.')
+    return images
+
+
+def digests(images: torch.Tensor) -> List[bytes]:
+    """Return a hash of the pixels of each image."""
+    pixels = images.detach().cpu().float().numpy()
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]

@@ -1,5 +1,4 @@
 """EarlyExit: runs each image only as deep as it needs."""
-import hashlib
 import logging
 import threading
 from dataclasses import dataclass, replace
@@ -13,8 +12,10 @@ from ..metrics import ExitEvaluator, collect_logits
 from ..models.exit_rule import ExitRule, Thresholds, follow_rule
 from ..models.multi_exit import MultiExit
 from ..models.names import model_name
-from .batches import read_batch, read_images
+from ..models.rule_notes import Leaving
+from .batches import check_images, digests, read_batch, read_images
 from .calibration import Calibration, check_aim, choose_point, exit_curve, fit_temperatures
+from .drift import Drift, ExitCounter, compare_leaving
 from .ready import Ready, device_and_dtype
 from .risk_control import Risk, check_promise, choose_safely
 from .runners import Runner
@@ -73,6 +74,8 @@ class EarlyExit:
     Attributes:
         model: The network.
         rule: The `ExitRule` in force.
+        counter: Counts the images that `run` has seen, by the exits that they left at: `counter.images`, and with what
+            confidence score on average, `counter.confidence`. `counter.reset()` begins anew.
 
     Raises:
         ValueError: A value does not fit the network, or it has no exits.
@@ -106,6 +109,7 @@ class EarlyExit:
         if not self.compacts:
             _logger.warning(f'{model_name(model)}: {self.runner.how}')
         self._calibrated_on: Set[bytes] = set()
+        self.counter = ExitCounter(model.num_exits)
 
     def __repr__(self) -> str:
         sign = '<=' if self.rule.criterion == 'entropy' else '>='
@@ -152,7 +156,7 @@ class EarlyExit:
     def _put(self, images: torch.Tensor) -> torch.Tensor:
         """Move images where the model is, in its precision."""
         device, dtype = device_and_dtype(self.model)
-        return _check_images(images).to(device, dtype, non_blocking=True)
+        return check_images(images).to(device, dtype, non_blocking=True)
 
     def __call__(self, images: torch.Tensor) -> EarlyExitOutput:
         return self.run(images)
@@ -169,22 +173,22 @@ class EarlyExit:
             ValueError: There are no images, they are no floating point tensor of this shape or not of a size that the
                 network takes, some hold NaN, or the network has other exits or classes by now.
         """
-        images = _check_images(images).to(device_and_dtype(self.model)[1])
+        images = check_images(images).to(device_and_dtype(self.model)[1])
         run = self._make_ready().runner
         rule, heads = self.rule, self.model.exit_heads
         here: Optional[torch.Tensor] = None  # rows of the images that are still in the batch, None for all
         memory: Dict[str, torch.Tensor] = {}
-        taken = exits = None
+        taken = exits = scores = None
         last = 0  # the exit that all images left at, as long as they are all together
 
         def at_exit(number: int, logits: torch.Tensor) -> Optional[torch.Tensor]:
-            nonlocal here, memory, taken, exits, last
+            nonlocal here, memory, taken, exits, scores, last
             decided, sure, memory = rule.judge(number, logits, memory)
             # what images that go on are given here a later exit overwrites, which costs less than to sort them out
             if here is None:
-                taken, last = decided, number
+                taken, scores, last = decided, sure, number
             else:
-                taken[here], exits[here] = decided, number
+                taken[here], scores[here], exits[here] = decided, sure, number
             if number == rule.num_exits - 1:
                 return None
             leaves = sure >= rule.level(number)
@@ -207,8 +211,32 @@ class EarlyExit:
             self._explain_nan(images, taken)
         if here is None:
             exits = torch.full(taken.shape[:1], last, device=taken.device)
-            return EarlyExitOutput(taken, exits, taken.new_full(taken.shape[:1], rule.temperatures[last]))
-        return EarlyExitOutput(taken, exits, taken.new_tensor(rule.temperatures)[exits])
+            temperatures = taken.new_full(taken.shape[:1], rule.temperatures[last])
+        else:
+            temperatures = taken.new_tensor(rule.temperatures)[exits]
+        self.counter.add(exits, scores)
+        return EarlyExitOutput(taken, exits, temperatures)
+
+    def drift(self, significance: float = 0.01) -> Drift:
+        """Compare where images leave now with where they left when the thresholds were chosen.
+
+        A guarantee, and any accuracy measured, is of images drawn like those of the calibration. When other ones come,
+        such as darker photos, or of another camera, they mostly leave elsewhere, which shows without labels.
+
+        Args:
+            significance: Probability with which a drift may be reported where there is none.
+
+        Returns:
+            Both histograms and the verdict; printed, it is a sentence.
+
+        Raises:
+            ValueError: The rule was not chosen by `calibrate`, no images have been run yet, or the significance does
+                not lie between 0 and 1.
+        """
+        if self.rule.leaving is None:
+            raise ValueError(
+                'Where images left at calibration is not known of these thresholds: choose them with calibrate().')
+        return compare_leaving(self.counter.images, self.rule.leaving.images, significance)
 
     def _explain_nan(self, images: torch.Tensor, logits: torch.Tensor) -> None:
         for what, tensor in (('images', images), ('logits', logits)):
@@ -291,7 +319,7 @@ class EarlyExit:
                 else:
                     images = read_images(batch)
                     target = torch.zeros(len(images), dtype=torch.long)
-                seen.update(_digests(images))
+                seen.update(digests(images))
                 images = self._put(images)
                 first[:] = first or [images]
                 yield images, target
@@ -315,7 +343,11 @@ class EarlyExit:
                 self.rule, logits, target if labelled else None, costs, risk, confidence, risk_of, bound)
             if point['thresholds'] == curve[0]['thresholds']:
                 _logger.warning(f'No thresholds can promise risk={risk!r} on these images: nothing leaves early.')
+        # exact, as a share is a count over the count of images
+        left = tuple(round(share * len(target)) for share in point['leaving'])
+        self.rule = replace(self.rule, leaving=Leaving(left, self.rule.digest()))
         self.model.exit_rule = self.rule
+        self.counter.reset()
         self._calibrated_on = seen
         return Calibration(self.rule, point, curve, len(target), costs)
 
@@ -342,7 +374,7 @@ class EarlyExit:
         known = 0
         for batch in loader:
             images, target = read_batch(batch, self.rule.num_classes)
-            known += sum(digest in self._calibrated_on for digest in _digests(images))
+            known += sum(digest in self._calibrated_on for digest in digests(images))
             out = self.run(self._put(images))
             evaluator.update(out.probabilities.log(), target.to(device, non_blocking=True))
             leaving += out.exit_index.cpu().bincount(minlength=len(leaving))
@@ -359,17 +391,3 @@ class EarlyExit:
         costs = compute_costs(self._make_ready().view, size).of(self.rule)
         cost = sum(share * cost for share, cost in zip(shares, costs))
         return dict(evaluator.compute(), cost=cost, leaving=shares)
-
-
-def _check_images(images: torch.Tensor) -> torch.Tensor:
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f'images of shape {tuple(images.shape)}: expected (N, C, H, W) with one image or more.')
-    if not images.is_floating_point():
-        raise ValueError(
-            f'images of {images.dtype}: expected floating point, as timm.data.create_transform() makes them.')
-    return images
-
-
-def _digests(images: torch.Tensor) -> List[bytes]:
-    pixels = images.detach().cpu().float().numpy()
-    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ..costs import RunCosts
-from ..models.exit_rule import ExitRule, Promise, follow_rule
+from ..models.exit_rule import ExitRule, follow_rule
+from ..models.rule_notes import Promise
 from .calibration import exit_curve, fit_temperatures, judge_exits, leave_at, measure_thresholds, pareto
 
 __all__ = [

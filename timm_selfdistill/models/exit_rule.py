@@ -2,14 +2,16 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 
+from .rule_notes import NOTES, Leaving, Promise, read_note
+
 __all__ = [
-    'CRITERIA', 'Candidate', 'ExitRule', 'Promise', 'Thresholds', 'confidence_score', 'follow_rule', 'single_exits',
+    'CRITERIA', 'Candidate', 'ExitRule', 'Thresholds', 'confidence_score', 'follow_rule', 'single_exits',
 ]
 
 Candidate = Tuple[str, Tuple[Optional[float], ...]]
@@ -49,38 +51,6 @@ def confidence_score(logits: torch.Tensor, criterion: str = 'confidence') -> tor
 
 
 @dataclass(frozen=True)
-class Promise:
-    """What thresholds guarantee, and what the guarantee was made from, see `inference.risk_control`.
-
-    Attributes:
-        risk: What early exit loses at most against running to the end, as a share.
-        confidence: With which probability over the held-out images.
-        risk_of: Of what: `accuracy`, or `agreement` with the answers at the end.
-        bound: By which test.
-        chosen_on: Images on which the thresholds to test were chosen.
-        tested_on: Images on which they were tested.
-        made_for: `ExitRule.digest` of the rule that it belongs to.
-    """
-    risk: float
-    confidence: float
-    risk_of: str
-    bound: str
-    chosen_on: int
-    tested_on: int
-    made_for: str
-
-    def __str__(self) -> str:
-        if self.risk_of == 'accuracy':
-            loss = f'at most {100 * self.risk:.3g} points of accuracy are lost against running to the end'
-        else:
-            loss = f'at most {100 * self.risk:.3g} % of the images are classified otherwise than at the end'
-        return (
-            f'with a probability of {self.confidence:g} {loss} ({self.bound} bound, chosen on {self.chosen_on:,} and '
-            f'tested on {self.tested_on:,} images)'
-        )
-
-
-@dataclass(frozen=True)
 class ExitRule:
     """At which exit an image leaves.
 
@@ -98,6 +68,7 @@ class ExitRule:
         ensemble: Let all exits passed so far decide together, by the mean of their logits. The temperature is then that
             of the mean up to an exit.
         promise: What the thresholds guarantee. It is dropped where it was made for other ones, or other temperatures.
+        leaving: Where the images left that the thresholds were chosen on; dropped likewise.
 
     Raises:
         ValueError: A value does not fit; the message names it and says what is allowed.
@@ -109,6 +80,7 @@ class ExitRule:
     temperatures: Optional[Sequence[float]] = None
     ensemble: bool = False
     promise: Optional[Promise] = None
+    leaving: Optional[Leaving] = None
 
     def __post_init__(self):
         if self.criterion not in CRITERIA:
@@ -117,12 +89,14 @@ class ExitRule:
             raise ValueError(f'ensemble={self.ensemble!r}: expected True or False.')
         object.__setattr__(self, 'thresholds', self._check_thresholds())
         object.__setattr__(self, 'temperatures', self._check_temperatures())
-        if self.promise is not None and self.promise.made_for != self.digest():
-            object.__setattr__(self, 'promise', None)
+        for name in NOTES:
+            note = getattr(self, name)
+            if note is not None and note.made_for != self.digest():
+                object.__setattr__(self, name, None)
 
     def digest(self) -> str:
         """Return a short hash of all that decides where images leave."""
-        settings = {name: value for name, value in self.settings().items() if name != 'promise'}
+        settings = {name: value for name, value in self.settings().items() if name not in NOTES}
         return hashlib.sha256(json.dumps([self.num_exits, settings], sort_keys=True).encode()).hexdigest()[:16]
 
     def _check_thresholds(self) -> Tuple[Optional[float], ...]:
@@ -174,18 +148,13 @@ class ExitRule:
             ValueError: It is no such dict, or does not fit a network of so many exits.
         """
         known = {'num_classes', 'criterion', 'thresholds', 'temperatures', 'ensemble'}
-        if not isinstance(settings, dict) or set(settings) - {'promise'} != known:
+        if not isinstance(settings, dict) or set(settings) - set(NOTES) != known:
             raise ValueError(f'early_exit={settings!r}: expected a dict with the keys {", ".join(sorted(known))}.')
         count = settings['num_classes']
         if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < 1e9:
             raise ValueError(f'early_exit: num_classes={count!r}: expected a whole number above 0.')
-        promise = settings.get('promise')
-        if promise is not None:
-            kinds = {f.name: f.type for f in fields(Promise)}
-            if not isinstance(promise, dict) or {n: type(v) for n, v in promise.items()} != kinds:
-                raise ValueError(f'early_exit: promise={promise!r}: expected a dict with the keys {", ".join(kinds)}.')
-            settings = dict(settings, promise=Promise(**promise))
-        return cls(num_exits, **settings)
+        notes = {name: read_note(name, settings.get(name), num_exits) for name in NOTES}
+        return cls(num_exits, **{**settings, **notes})
 
     def settings(self) -> Dict[str, Any]:
         """Return the rule as JSON can hold it."""
@@ -196,7 +165,11 @@ class ExitRule:
             temperatures=list(self.temperatures),
             ensemble=self.ensemble,
         )
-        return settings if self.promise is None else dict(settings, promise=asdict(self.promise))
+        notes = {name: getattr(self, name) for name in NOTES}
+        notes = {name: asdict(note) for name, note in notes.items() if note is not None}
+        if 'leaving' in notes:
+            notes['leaving']['images'] = list(self.leaving.images)  # as JSON gives it back
+        return {**settings, **notes}
 
     def asks(self, number: int) -> bool:
         """Return whether exit `number` has to run at all: one that nothing leaves at only counts where exits decide
