@@ -68,11 +68,12 @@ def choose(
         found[PLAIN, risk, 0.] = dataclasses.replace(plain, thresholds=point['thresholds'])
     quarter = count // 4
     safe, path = choose_path(rule, [z[:quarter] for z in held], of_held[:quarter], costs)
+    before = count_losses(safe, path, [z[:quarter] for z in held], of_held[:quarter])
     counts = count_losses(safe, path, [z[quarter:] for z in held], of_held[quarter:])
     for bound in BOUNDS:
         for risk in RISKS:
             for confidence in CONFIDENCES:
-                passed = count_passing(counts, count - quarter, risk, confidence, bound)
+                passed = count_passing(counts, count - quarter, before, quarter, risk, confidence, bound)
                 thresholds = path[passed - 1] if passed else None  # they are sorted by cost
                 found[bound, risk, confidence] = dataclasses.replace(safe, thresholds=thresholds)
     return found

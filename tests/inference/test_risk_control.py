@@ -14,6 +14,7 @@ from timm_selfdistill.inference.risk_control import (
     BOUNDS,
     betting_p_value,
     choose_safely,
+    choose_stake,
     count_losses,
     hoeffding_bentkus_p_value,
     images_needed,
@@ -40,8 +41,9 @@ def held_out():
 
 
 @pytest.mark.parametrize('bound, better', [('betting', 0.), ('betting', 0.01), ('hoeffding-bentkus', 0.)])
+@pytest.mark.parametrize('stake', [0.01, 0.3, 1., math.inf])
 @pytest.mark.parametrize('risk, count', [(0.01, 400), (0.05, 100), (0.3, 40)])
-def test_too_high_a_risk_passes_no_more_often_than_allowed(bound, better, risk, count):
+def test_too_high_a_risk_passes_no_more_often_than_allowed(bound, better, risk, count, stake):
     """Summed over all that may happen, not sampled, at the least risk that is too high."""
     worse = np.arange(count + 1)
     passing = {0.1: 0., 0.05: 0.}
@@ -52,7 +54,7 @@ def test_too_high_a_risk_passes_no_more_often_than_allowed(bound, better, risk, 
                 + w * math.log(risk + better) + (more * math.log(better) if better else 0.)
                 + (count - w - more) * math.log(1 - risk - 2 * better))
             if w + more <= count else 0. for w in worse.tolist()]
-        values = [BOUNDS[bound](w, more, count, risk) for w in range(count + 1 - more)]
+        values = [BOUNDS[bound](w, more, count, risk, stake) for w in range(count + 1 - more)]
         for level in passing:
             passing[level] += sum(s for s, value in zip(share, values) if value <= level)
     for level, probability in passing.items():
@@ -61,13 +63,11 @@ def test_too_high_a_risk_passes_no_more_often_than_allowed(bound, better, risk, 
 
 def test_the_default_is_the_tighter_bound():
     for count, share, risk in itertools.product((500, 2000, 8000), (0.2, 0.5), (0.01, 0.05)):
-        worse = int(share * risk * count)
-        exact, bet = (bound(worse, 0, count, risk) for bound in (hoeffding_bentkus_p_value, betting_p_value))
-        assert exact <= bet  # of agreement
-        more = worse + int(0.02 * count)
-        exact, bet = (
-            bound(more, int(0.02 * count), count, risk) for bound in (hoeffding_bentkus_p_value, betting_p_value))
-        assert bet <= exact  # of accuracy, where early exit gets images right that the end gets wrong
+        for better in (0, int(0.03 * count)):  # of agreement, and of accuracy
+            worse = better + int(share * risk * count)
+            stake = choose_stake(worse + better, count, count, 0.05)
+            bet = betting_p_value(worse, better, count, risk, stake)
+            assert (bet < hoeffding_bentkus_p_value(worse, better, count, risk)) == bool(better) or bet == 1
 
 
 @pytest.mark.parametrize('bound', BOUNDS)

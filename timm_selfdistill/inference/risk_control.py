@@ -21,8 +21,8 @@ from ..models.rule_notes import Promise
 from .calibration import exit_curve, fit_temperatures, judge_exits, leave_at, measure_thresholds, pareto
 
 __all__ = [
-    'BOUNDS', 'Risk', 'betting_p_value', 'check_promise', 'choose_path', 'choose_safely', 'count_losses',
-    'count_passing', 'hoeffding_bentkus_p_value', 'images_needed',
+    'BOUNDS', 'Risk', 'betting_p_value', 'check_promise', 'choose_path', 'choose_safely', 'choose_stake',
+    'count_losses', 'count_passing', 'hoeffding_bentkus_p_value', 'images_needed',
 ]
 
 Risk = Literal['accuracy', 'agreement']
@@ -32,38 +32,53 @@ Thresholds = Tuple[Optional[float], ...]
 _CHOOSING = 0.25
 # Between two rules that the first images tell apart lie others. A large step may miss what a smaller one would pass.
 _STEPS = 8
-_BETS = 100
 
 
-def betting_p_value(worse: int, better: int, count: int, risk: float) -> float:
+def choose_stake(changed: int, images: int, count: int, level: float) -> float:
+    """Choose how much to bet, from images other than those that are bet on.
+
+    The stake of Waudby-Smith and Ramdas for a test of so many images; losses vary as much as images change.
+
+    Args:
+        changed: Images whose loss is not 0.
+        images: Of how many.
+        count: Images of the test.
+        level: Probability with which the test may err.
+    """
+    variance = (changed + 0.25) / (images + 1)
+    return math.sqrt(2 * math.log(1 / level) / (count * variance))
+
+
+def betting_p_value(worse: int, better: int, count: int, risk: float, stake: float = math.inf) -> float:
     """Return how likely images would speak so clearly against too high a risk, if it were too high.
 
-    A gambler stakes constant shares of the wealth on a loss below `risk`, image by image. Were the risk `risk` or more,
-    the wealth would not grow on average, so it exceeds w with probability 1/w at most (Waudby-Smith and Ramdas, JRSS B
-    2024, arXiv 2010.09686). The mean over many stakes is as fair and needs no luck with one. Images that early exit
-    alone gets right count for it, and the order of the images does not matter.
+    A gambler bets, image by image, that losses are below `risk`. Were the risk as high as that, the wealth would not
+    grow on average, so it exceeds w with probability 1/w at most (Waudby-Smith and Ramdas, JRSS B 2024, arXiv
+    2010.09686). Half of the wealth is bet by `stake`, half by 0.6 of it, in case that is too bold. Images that early
+    exit alone gets right count for it, and the order of the images does not matter.
 
     Args:
         worse: Images whose loss is 1: right at the end, wrong early.
         better: Images whose loss is -1: wrong at the end, right early.
         count: All images; the loss of the others is 0.
         risk: Mean loss that is to be refuted, above 0 and below 1.
+        stake: See `choose_stake`; at most all of the wealth is bet.
 
-    >>> betting_p_value(0, 0, 600, 0.01) < 0.05 < betting_p_value(12, 0, 600, 0.01)
+    >>> betting_p_value(0, 0, 400, 0.01) < 0.05 < betting_p_value(4, 0, 400, 0.01)
     True
     """
-    stakes = np.arange(1, _BETS + 1) / _BETS / (1 - risk)
-    with np.errstate(divide='ignore', invalid='ignore'):
-        lost = worse * np.log(np.clip(1 - stakes * (1 - risk), 0, None)) if worse else 0.
+    stakes = np.minimum(np.array([0.6, 1.]) * min(stake, 1 / (1 - risk)), 1 / (1 - risk))
+    with np.errstate(divide='ignore'):  # the logarithm of nothing left
+        lost = worse * np.log(np.maximum(1 - stakes * (1 - risk), 0)) if worse else 0.
     wealth = lost + better * np.log1p(stakes * (1 + risk)) + (count - worse - better) * np.log1p(stakes * risk)
-    return float(min(1., np.exp(math.log(_BETS) - np.logaddexp.reduce(wealth))))
+    return float(min(1., np.exp(math.log(len(stakes)) - np.logaddexp.reduce(wealth))))
 
 
-def hoeffding_bentkus_p_value(worse: int, better: int, count: int, risk: float) -> float:
+def hoeffding_bentkus_p_value(worse: int, better: int, count: int, risk: float, stake: float = math.inf) -> float:
     """Return the p-value of Hoeffding and Bentkus (Bates et al., J. ACM 2021, arXiv 2101.02703).
 
     Takes what `betting_p_value` takes. Losses have to be 0 or 1 here, so images that early exit alone gets right count
-    for nothing.
+    for nothing; nothing is bet.
 
     >>> hoeffding_bentkus_p_value(0, 0, 300, 0.01) < 0.05 < hoeffding_bentkus_p_value(0, 0, 200, 0.01)
     True
@@ -75,7 +90,7 @@ def hoeffding_bentkus_p_value(worse: int, better: int, count: int, risk: float) 
     return float(min(1., math.exp(-count * divergence), math.e * binom.cdf(worse, count, risk)))
 
 
-BOUNDS: Dict[str, Callable[[int, int, int, float], float]] = {
+BOUNDS: Dict[str, Callable[..., float]] = {
     'betting': betting_p_value,
     'hoeffding-bentkus': hoeffding_bentkus_p_value,
 }
@@ -186,17 +201,29 @@ def count_losses(
     return counts
 
 
-def count_passing(counts: Sequence[Tuple[int, int]], images: int, risk: float, confidence: float, bound: str) -> int:
+def count_passing(
+        counts: Sequence[Tuple[int, int]],
+        images: int,
+        before: Sequence[Tuple[int, int]],
+        images_before: int,
+        risk: float,
+        confidence: float,
+        bound: str,
+) -> int:
     """Return how many thresholds of a path pass the test before the first one fails.
 
     Args:
         counts: See `count_losses`.
         images: Images that they were counted on.
+        before: The same of the images that the path was chosen on, for the stakes.
+        images_before: How many these are.
         risk: See `choose_safely`.
         confidence: Likewise.
         bound: Likewise.
     """
-    passes = (BOUNDS[bound](*pair, images, risk) <= 1 - confidence for pair in counts)
+    level = 1 - confidence
+    stakes = (choose_stake(sum(pair), images_before, images, level) for pair in before)
+    passes = (BOUNDS[bound](*pair, images, risk, stake) <= level for pair, stake in zip(counts, stakes))
     return sum(1 for _ in takewhile(bool, passes))
 
 
@@ -265,8 +292,9 @@ def choose_safely(
     choosing, testing = order.split([_to_choose(count), count - _to_choose(count)])
     of_choosing, of_testing = ([z[rows] for z in logits] for rows in (choosing, testing))
     rule, path = choose_path(rule, of_choosing, truth[choosing], costs, risk_of == 'accuracy')
+    before = count_losses(rule, path, of_choosing, truth[choosing])
     counts = count_losses(rule, path, of_testing, truth[testing])
-    passed = count_passing(counts, len(testing), risk, confidence, bound)
+    passed = count_passing(counts, len(testing), before, len(choosing), risk, confidence, bound)
     candidates = [('deepest', rule.thresholds), *(('path', thresholds) for thresholds in path)]
     rows = measure_thresholds(rule, candidates, logits, answers if target is None else target, costs)
     point = min(rows[:passed + 1], key=lambda row: row['cost'])
