@@ -245,10 +245,23 @@ def test_a_network_that_mixes_images_runs_whole_batches(images):
 def test_why_whole_batches_run_is_told(model, monkeypatch, caplog):
     def refuse(*args):
         raise SplitError('test_resnet_sd cannot be exported: it is too fond of this process')
+    monkeypatch.setattr(compaction, '_found', {})
     monkeypatch.setattr(compaction, 'find_cuts', lambda *args: None)
     monkeypatch.setattr('timm_selfdistill.inference.graphs.split_network', refuse)
     assert 'too fond of this process' in repr(EarlyExit(model))
     assert 'whole batches run to the end, nothing is saved' in caplog.text
+
+
+def test_a_network_is_probed_once_and_another_by_itself(monkeypatch):
+    monkeypatch.setattr(compaction, '_found', {})
+    probed = []
+    find = compaction.find_cuts
+    monkeypatch.setattr(compaction, 'find_cuts', lambda *args: probed.append(1) or find(*args))
+    cuts = []
+    for settings in (dict(), dict(), dict(exits=(2, 3)), dict(exits=(2, 3), num_classes=7), dict(in_chans=1)):
+        cuts.append(EarlyExit(timm.create_model('test_resnet_sd', **settings)).runner.cuts)
+    assert len(probed) == 4
+    assert cuts[0] == cuts[1] and len(cuts[2]) == 2
 
 
 # -- the rule travels with the model ----------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ behind each exit (see `graphs`); images leave between two graphs. It takes image
 
 `choose_runner` tries them in this order.
 """
+import hashlib
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Dict, List, Literal, Optional, Protocol, Sequence
+from typing import Any, Dict, List, Literal, Optional, Protocol, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -21,7 +22,7 @@ from timm.models import get_model_input_config
 from ..errors import SplitError
 from ..models.multi_exit import MultiExit
 from ..models.names import model_name, times
-from ..models.probe import copy_model, forget_caches, meta_copy, take_taps
+from ..models.probe import copy_model, find_caches, forget_caches, meta_copy, take_taps
 from .cuts import AtExit, Cut, Grid, agrees, find_candidates, randomise, small_size, spread
 
 __all__ = ['CutRunner', 'GraphRunner', 'Runner', 'WholeRunner', 'choose_runner', 'find_cuts']
@@ -265,6 +266,33 @@ class WholeRunner:
                 left = left[rows]
 
 
+# What was found by probing, by architecture: where it is cut, if it can be, and what its modules keep.
+_found: Dict[str, Tuple[Optional[List[Cut]], List[Tuple[str, str]]]] = {}
+
+
+def _architecture(model: MultiExit) -> str:
+    """Hash all that says how a network computes: its modules, the shapes of its weights, its images and its exits."""
+    config = get_model_input_config(model)
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+    told = (type(model.backbone), model, shapes, sorted(config.items(), key=str), model.exits)
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _find(model: MultiExit) -> Tuple[Optional[List[Cut]], List[Tuple[str, str]]]:
+    """Probe a copy with random weights; return where the network may be cut, and what its modules keep."""
+    like = next(model.parameters())
+    device = torch.device('cpu') if like.device.type == 'mps' else like.device
+    # what is overwritten need not be copied
+    drawn = {id(p): nn.Parameter(torch.empty_like(p), requires_grad=False) for p in model.parameters() if p.ndim > 1}
+    probe = copy_model(model, drawn).to(device, torch.float)
+    size = small_size(probe, resize=True)
+    generator = torch.Generator(device).manual_seed(0)
+    randomise(probe, generator)
+    images = torch.randn(max(3, model.num_exits), *size, generator=generator, device=device)
+    expected = probe.forward_exits(images)
+    return find_cuts(probe, images, expected), find_caches(probe)
+
+
 @torch.no_grad()
 def choose_runner(model: MultiExit) -> Runner:
     """Find by probing how images can leave a network on the way.
@@ -278,18 +306,15 @@ def choose_runner(model: MultiExit) -> Runner:
     if not model.exits:
         return CutRunner(model, [])
     like = next(model.parameters())
-    device = torch.device('cpu') if like.device.type == 'mps' else like.device
-    probe = copy_model(model).to(device, torch.float)
-    generator = torch.Generator(device).manual_seed(0)
-    randomise(probe, generator)
-    count = max(3, model.num_exits)
-    images = torch.randn(count, *small_size(model), generator=generator, device=device)
-    expected = probe.forward_exits(images)
-    forget_caches(model, probe)
-    cuts = find_cuts(probe, images, expected)
+    key = _architecture(model)
+    cuts, caches = _found.get(key) or _find(model)
+    _found[key] = cuts, caches
+    forget_caches(model, caches)
     if cuts is not None:
         return CutRunner(model, cuts)
-    del probe
+    device = torch.device('cpu') if like.device.type == 'mps' else like.device
+    generator = torch.Generator(device).manual_seed(0)
+    count = max(3, model.num_exits)
     size = get_model_input_config(model)['input_size']
     images = torch.randn(count, *size, generator=generator, device=device).to(like)
     try:

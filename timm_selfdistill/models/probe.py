@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     'MacCounter', 'ShortLSTMs', 'copy_model', 'count_macs', 'eval_mode', 'eval_view', 'feature_dicts',
-    'forget_caches', 'meta_copy', 'meta_probe', 'take_taps',
+    'find_caches', 'forget_caches', 'meta_copy', 'meta_probe', 'take_taps',
 ]
 
 # Classes found to read the grid of their maps from values, which tensors on the meta device lack.
@@ -72,18 +72,28 @@ def eval_view(model: nn.Module) -> nn.Module:
     return view
 
 
-def forget_caches(view: nn.Module, ran: nn.Module) -> None:
+def find_caches(ran: nn.Module) -> List[Tuple[str, str]]:
+    """Return the modules that keep tensors which they compute from weights, and the attribute that holds these.
+
+    Args:
+        ran: A network that was run, by which it shows.
+    """
+    return [
+        (name, attribute) for name, module in ran.named_modules() for attribute, value in vars(module).items()
+        if isinstance(value, dict) and attribute not in ('_parameters', '_buffers')
+        and any(isinstance(tensor, torch.Tensor) for tensor in value.values())
+    ]
+
+
+def forget_caches(view: nn.Module, caches: Sequence[Tuple[str, str]]) -> None:
     """Stop a view from keeping tensors that it computes from weights, which may change.
 
     Args:
         view: What `eval_view` gave.
-        ran: A copy of it that was run, which shows which modules keep such tensors.
+        caches: See `find_caches`.
     """
-    for name, module in ran.named_modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, dict) and attribute not in ('_parameters', '_buffers') and any(
-                    isinstance(tensor, torch.Tensor) for tensor in value.values()):
-                setattr(view.get_submodule(name), attribute, _Forgetful())
+    for name, attribute in caches:
+        setattr(view.get_submodule(name), attribute, _Forgetful())
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
