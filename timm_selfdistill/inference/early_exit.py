@@ -70,6 +70,9 @@ class EarlyExit:
         criterion: What the thresholds are compared with, one of `CRITERIA`.
         temperatures: One for each exit, see `ExitRule`.
         ensemble: Let all exits passed so far decide together.
+        compile: Compile the network from exit to exit with torch.compile. This takes a minute or more, bit by bit as
+            batches come, and ties it to the size of images it was built for. What is left of a batch is padded to the
+            next power of two, so that no number of images is compiled anew.
 
     Attributes:
         model: The network.
@@ -78,7 +81,8 @@ class EarlyExit:
             confidence score on average, `counter.confidence`. `counter.reset()` begins anew.
 
     Raises:
-        ValueError: A value does not fit the network, or it has no exits.
+        ValueError: A value does not fit the network, it has no exits, or it is to be compiled and cannot be cut into
+            graphs.
 
     >>> import timm, timm_selfdistill
     >>> predictor = EarlyExit(timm.create_model('resnet20_cifar_sd', pretrained=True), thresholds=0.5)
@@ -94,6 +98,7 @@ class EarlyExit:
             criterion: str = 'confidence',
             temperatures: Optional[Sequence[float]] = None,
             ensemble: bool = False,
+            compile: bool = False,
     ):
         model = unwrap_model(model)
         if not isinstance(model, MultiExit):
@@ -105,7 +110,8 @@ class EarlyExit:
         else:
             self.rule = ExitRule(
                 model.num_exits, model.num_classes, thresholds, criterion, temperatures, ensemble)
-        self._ready = Ready(model)
+        self._compile = compile
+        self._ready = Ready(model, compile)
         if not self.compacts:
             _logger.warning(f'{model_name(model)}: {self.runner.how}')
         self._calibrated_on: Set[bytes] = set()
@@ -149,7 +155,7 @@ class EarlyExit:
                 )
             with _making_ready:
                 if not self._ready.fits(self.model):
-                    self._ready = Ready(self.model)
+                    self._ready = Ready(self.model, self._compile)
                 ready = self._ready
         return ready
 

@@ -22,11 +22,12 @@ class Ready:
 
     Args:
         model: The network; neither it nor its mode is touched.
+        compile: See `choose_runner`.
     """
 
-    def __init__(self, model: MultiExit):
+    def __init__(self, model: MultiExit, compile: bool = False):
         self.view = eval_view(model)
-        self.runner: Runner = choose_runner(self.view)
+        self.runner: Runner = choose_runner(self.view, compile)
         self.stages = model.stages
         self.children = [(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules]
         # graphs hold tensors and are made for one precision; whatever else runs finds those that the network has now

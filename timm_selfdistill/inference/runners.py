@@ -11,9 +11,10 @@ behind each exit (see `graphs`); images leave between two graphs. It takes image
 `choose_runner` tries them in this order.
 """
 import hashlib
+import threading
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Dict, List, Literal, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Literal, Optional, Protocol, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -25,7 +26,7 @@ from ..models.names import model_name, times
 from ..models.probe import copy_model, find_caches, forget_caches, meta_copy, take_taps
 from .cuts import AtExit, Cut, Grid, agrees, find_candidates, randomise, small_size, spread
 
-__all__ = ['CutRunner', 'GraphRunner', 'Runner', 'WholeRunner', 'choose_runner', 'find_cuts']
+__all__ = ['CompiledRunner', 'CutRunner', 'GraphRunner', 'Runner', 'WholeRunner', 'choose_runner', 'find_cuts']
 
 _MOST_SIZES = 1024  # of images, whose grids are remembered
 
@@ -228,6 +229,10 @@ class GraphRunner:
         self.how += times(self.size)
         self.parts = split_network(model, images)
 
+    def run_part(self, number: int, passed: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, ...]:
+        """Return the logits of an exit, and what the next part takes."""
+        return self.parts[number](*passed)
+
     def __call__(self, images: torch.Tensor, at_exit: AtExit, wanted: Sequence[bool]) -> None:
         if tuple(images.shape[1:]) != self.size:
             raise ValueError(
@@ -235,13 +240,55 @@ class GraphRunner:
                 f'(channels, height, width).'
             )
         passed: Sequence[torch.Tensor] = [images]
-        for number, part in enumerate(self.parts):
-            logits, *passed = part(*passed)
+        for number in range(len(self.parts)):
+            logits, *passed = self.run_part(number, passed)
             rows = at_exit(number, logits) if wanted[number] else None
             if rows is not None:
                 if not len(rows):
                     return
                 passed = [_take_rows(tensor, rows, len(logits)) for tensor in passed]
+
+
+class CompiledRunner(GraphRunner):
+    """Runs the network as a chain of graphs that torch.compile has compiled, each for a few numbers of images.
+
+    What is left of a batch is padded to the next power of two, so that nothing is compiled again for every number.
+
+    Args:
+        model: The network.
+        images: Images of the size that will come, at least three.
+
+    Raises:
+        SplitError: The network cannot be cut into such graphs.
+    """
+
+    how = GraphRunner.how.replace('graphs made', 'compiled graphs made')
+
+    def __init__(self, model: MultiExit, images: torch.Tensor):
+        super().__init__(model, images)
+        self._compiled: Dict[Tuple[int, int], Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+
+    def _part(self, number: int, size: int) -> Callable[..., Any]:
+        with self._lock:
+            if (number, size) not in self._compiled:
+                part = self.parts[number]
+                # with code of its own, as torch.compile counts how often one code is compiled, and gives up
+                alone = torch.fx.GraphModule(part, part.graph)
+                self._compiled[number, size] = torch.compile(alone, dynamic=False, fullgraph=True)
+            return self._compiled[number, size]
+
+    def run_part(self, number: int, passed: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, ...]:
+        count = len(passed[0])
+        size = 1 << (count - 1).bit_length()
+        padded = [_pad(tensor, size) for tensor in passed] if size > count else passed
+        outputs = self._part(number, size)(*padded)
+        return tuple(tensor[:count] for tensor in outputs) if size > count else outputs
+
+
+def _pad(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """Repeat the first image until there are `size`; what it is like may matter to no other."""
+    return torch.cat([tensor, tensor[:1].expand(size - len(tensor), *tensor.shape[1:])])
 
 
 class WholeRunner:
@@ -294,7 +341,7 @@ def _find(model: MultiExit) -> Tuple[Optional[List[Cut]], List[Tuple[str, str]]]
 
 
 @torch.no_grad()
-def choose_runner(model: MultiExit) -> Runner:
+def choose_runner(model: MultiExit, compile: bool = False) -> Runner:
     """Find by probing how images can leave a network on the way.
 
     Everything is tried on a copy with random weights.
@@ -302,6 +349,10 @@ def choose_runner(model: MultiExit) -> Runner:
     Args:
         model: The network, in eval mode. It is given hooks, and keeps nothing any more that depends on its weights, so
             it has to be one that nobody else runs, such as `eval_view` gives.
+        compile: Compile it, whatever else would do.
+
+    Raises:
+        SplitError: It is to be compiled, and cannot be cut into graphs.
     """
     if not model.exits:
         return CutRunner(model, [])
@@ -310,7 +361,7 @@ def choose_runner(model: MultiExit) -> Runner:
     cuts, caches = _found.get(key) or _find(model)
     _found[key] = cuts, caches
     forget_caches(model, caches)
-    if cuts is not None:
+    if cuts is not None and not compile:
         return CutRunner(model, cuts)
     device = torch.device('cpu') if like.device.type == 'mps' else like.device
     generator = torch.Generator(device).manual_seed(0)
@@ -318,8 +369,10 @@ def choose_runner(model: MultiExit) -> Runner:
     size = get_model_input_config(model)['input_size']
     images = torch.randn(count, *size, generator=generator, device=device).to(like)
     try:
-        run = GraphRunner(model, images)
+        run = (CompiledRunner if compile else GraphRunner)(model, images)
     except SplitError as error:
+        if compile:
+            raise
         return WholeRunner(model, str(error))
     # TF32 rounds to 11 bits, bfloat16 to 8
     if not agrees(run, images, model.forward_exits(images), noise=1e-3 if like.dtype.itemsize > 2 else 1e-2):
