@@ -25,7 +25,7 @@ __all__ = ['AtExit', 'Cut', 'Grid', 'agrees', 'find_candidates', 'randomise', 's
 # None for all of them; nothing at the deepest exit.
 AtExit = Callable[[int, torch.Tensor], Optional[torch.Tensor]]
 
-_DRAWN = 2 ** 18 - 5  # a prime: rows of weights do not repeat
+_DRAWN = 2 ** 22 - 3  # a prime: rows of weights do not repeat
 _SIDES = (96, 112, 128, 192)  # multiples of patches of 16, 14, 32
 
 Grid = Tuple[int, int]  # height and width of a map
