@@ -59,8 +59,8 @@ class TrainConfig:
     """Indices of feature_info after which auxiliary exits stand; when None those of the network in --model, else the
     stage boundaries."""
     exit_head: Optional[str] = _model(None)
-    """Kind of exit head: bottleneck, bottleneck-attention, bottleneck-wide, cascade, linear, pooled, separable or
-    separable-double. When None that of the network in --model, else bottleneck."""
+    """Kind of exit head: bottleneck, bottleneck-attention, bottleneck-wide, cascade, inverted, linear, pooled,
+    separable or separable-double. When None that of the network in --model, else bottleneck."""
     model_kwargs: Tuple[str, ...] = _model(())
     """More arguments of the model, as key=value."""
 
