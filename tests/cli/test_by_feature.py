@@ -63,3 +63,11 @@ def test_each_script_says_what_it_shows_and_is_tested():
     tests = (RECIPES.parent / 'tests/cli/test_by_feature.py').read_text()
     for path in (RECIPES / 'by_feature').glob('*.py'):
         assert path.read_text().splitlines()[1].startswith('"""') and f"script('{path.stem}')" in tests, path
+
+
+@pytest.mark.slow
+def test_drift(script, capsys):
+    torch.manual_seed(0)
+    same, noisy = script('drift').main()
+    assert not same.drifted and noisy.drifted and sum(same.now) == sum(noisy.now) == 397
+    assert 'noise 0.5: calibrate the thresholds again: exit0 ' in capsys.readouterr().out
