@@ -62,9 +62,9 @@ class CalibrateConfig(EvaluationConfig):
     """Folder of images without labels to choose on, for --risk-of agreement; nothing else is measured then."""
     latency_batch_size: Optional[int] = None
     """Images at a time when the latency is measured; --batch-size when None."""
-    criterion: Literal['confidence', 'margin', 'entropy', 'patience'] = 'confidence'
-    """What thresholds are compared with: the largest probability, by how much it exceeds the second, the entropy, or
-    how many exits in a row agree."""
+    criterion: Literal['confidence', 'margin', 'entropy', 'patience', 'gate'] = 'confidence'
+    """What thresholds are compared with: the largest probability, by how much it exceeds the second, the entropy, how
+    many exits in a row agree, or what gates say, small networks over these scores that are trained here."""
     ensemble: bool = False
     """Let all exits passed so far decide together."""
     test_fraction: Optional[float] = None
@@ -185,7 +185,7 @@ def first_and_last(
 
     Each with the class predicted and the true one, as `plots.plot_first_and_last` takes them.
     """
-    scored_by = 'confidence' if criterion == 'patience' else criterion
+    scored_by = criterion if criterion in ('margin', 'entropy') else 'confidence'
     sure = confidence_score(out.logits / out.temperatures[:, None], scored_by)
     order = sure.argsort(descending=True)
     order = order[out.exit_index[order].argsort(stable=True)].tolist()

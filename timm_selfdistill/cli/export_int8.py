@@ -18,6 +18,7 @@ from ..evaluation.tables import print_rows
 from ..evaluation.trained_network import EvaluationConfig, TrainedNetwork, check_held_out, open_network, subset
 from ..inference.calibration import choose_point, exit_curve, fit_temperatures, measure_thresholds
 from ..inference.export import export_network
+from ..inference.gates import with_gates
 from ..inference.quantize import quantize_staged
 from ..inference.risk_control import choose_safely
 from ..inference.staged_session import StagedSession
@@ -70,7 +71,8 @@ def recalibrate(
         promise = rule.promise
         return choose_safely(
             rule, logits, target, costs, promise.risk, promise.confidence, promise.risk_of, promise.bound)[0]
-    anew = dataclasses.replace(rule, thresholds=None, temperatures=fit_temperatures(logits, target, rule.ensemble))
+    temperatures = fit_temperatures(logits, target, rule.ensemble)
+    anew = with_gates(dataclasses.replace(rule, thresholds=None, temperatures=temperatures), logits, target)
     if all(threshold is None for threshold in rule.thresholds):
         return anew
     if set(aim) not in ({'budget'}, {'accuracy_drop'}):

@@ -7,15 +7,15 @@ import timm
 import torch
 import torch.nn as nn
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 
 from ..errors import ConfigError, WeightsError
 from ..models.exit_rule import ExitRule
 from ..models.multi_exit import MultiExit, add_exits
 from ..models.names import model_name
-from ..models.wrapper import BackboneWrapper
-from ..run_files import CONFIG_NAME, WEIGHTS_NAME, replaced, write_json
+from ..models.wrapper import GATES, BackboneWrapper
+from ..run_files import CONFIG_NAME, WEIGHTS_NAME, replaced
 from .sources import fetch_weights, read_source
 
 __all__ = ['class_names', 'load_checkpoint', 'load_network', 'names_of_run', 'save_model', 'write_exit_rule']
@@ -136,9 +136,20 @@ def names_of_run(folder: Path) -> Optional[List[str]]:
 def write_exit_rule(folder: Path, rule: ExitRule) -> None:
     """Write an exit rule into the `config.json` of a folder, from which timm builds the network; all else in it stays.
 
+    Its gates, if it has any, are put into the weights, from which those of another rule are taken out.
+
     Raises:
-        OSError: The file cannot be read or written.
+        OSError: The files cannot be read or written.
     """
-    content = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
+    config, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    content = json.loads(config.read_text(encoding='utf-8'))
     content.setdefault('model_args', {})['early_exit'] = rule.settings()
-    write_json(folder / CONFIG_NAME, content)
+    with replaced(config) as beside:
+        beside.write_text(json.dumps(content, indent=2), encoding='utf-8')
+        tensors = load_file(weights)
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(GATES)}
+        if rule.gates is not None or len(kept) < len(tensors):
+            if rule.gates is not None:
+                kept.update((GATES + name, tensor.contiguous()) for name, tensor in rule.gates.state_dict().items())
+            with replaced(weights) as weights_beside:
+                save_file(kept, weights_beside)

@@ -1,7 +1,6 @@
 """Choosing on held-out images when to leave a multi-exit network."""
 import math
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from numbers import Real
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..costs import RunCosts
-from ..models.exit_rule import Candidate, ExitRule, single_exits
+from ..models.exit_rule import Candidate, ExitRule, decide_together, single_exits
 from .batches import check_targets
 
 __all__ = [
@@ -65,7 +64,7 @@ def fit_temperatures(
         ensemble: Take the mean of the logits up to each exit in place of its own, as `ExitRule` does.
     """
     if ensemble:
-        logits = [total / (i + 1) for i, total in enumerate(accumulate(logits))]
+        logits = decide_together(logits)
     return tuple(fit_temperature(of_exit, target) for of_exit in logits)
 
 

@@ -16,6 +16,7 @@ from ..models.rule_notes import Leaving
 from .batches import check_images, digests, read_batch, read_images
 from .calibration import Calibration, check_aim, choose_point, exit_curve, fit_temperatures
 from .drift import Drift, ExitCounter, compare_leaving
+from .gates import with_gates
 from .ready import Ready, device_and_dtype
 from .risk_control import Risk, check_promise, choose_safely
 from .runners import Runner
@@ -67,7 +68,8 @@ class EarlyExit:
             off: images leave between its modules, which are not compiled here.
         thresholds: Where an image is sure enough, see `ExitRule`. When this and all that follows are left out, the rule
             that came with the model (`model.exit_rule`) is taken; if it has none, no image leaves early.
-        criterion: What the thresholds are compared with, one of `CRITERIA`.
+        criterion: What the thresholds are compared with, one of `CRITERIA`, or `gate`: what small networks over the
+            exits' scores say, which `calibrate` trains and which are saved with the weights.
         temperatures: One for each exit, see `ExitRule`.
         ensemble: Let all exits passed so far decide together.
         compile: Compile the network from exit to exit with torch.compile. This takes a minute or more, bit by bit as
@@ -108,8 +110,9 @@ class EarlyExit:
         if own and model.exit_rule is not None:
             self.rule = model.exit_rule
         else:
+            gates = model.exit_gates if criterion == 'gate' and len(model.exit_gates) else None
             self.rule = ExitRule(
-                model.num_exits, model.num_classes, thresholds, criterion, temperatures, ensemble)
+                model.num_exits, model.num_classes, thresholds, criterion, temperatures, ensemble, gates=gates)
         self._compile = compile
         self._ready = Ready(model, compile)
         if not self.compacts:
@@ -118,16 +121,7 @@ class EarlyExit:
         self.counter = ExitCounter(model.num_exits)
 
     def __repr__(self) -> str:
-        sign = '<=' if self.rule.criterion == 'entropy' else '>='
-        if any(t is not None for t in self.rule.thresholds):
-            leave = ', '.join(
-                f'exit {i}: never' if t is None else f'exit {i}: {self.rule.criterion} {sign} {t:.4g}'
-                for i, t in enumerate(self.rule.thresholds)
-            )
-        else:
-            leave = 'no image leaves early'
-        ensemble = ', ensemble of the exits passed' if self.rule.ensemble else ''
-        return f'EarlyExit({model_name(self.model)}; {leave}{ensemble}; {self.runner.how})'
+        return f'EarlyExit({model_name(self.model)}; {self.rule}; {self.runner.how})'
 
     @property
     def compacts(self) -> bool:
@@ -341,6 +335,7 @@ class EarlyExit:
         if risk is None:
             temperatures = fit_temperatures(logits, target, self.rule.ensemble)
             rule = replace(self.rule, thresholds=None, temperatures=temperatures)
+            rule = with_gates(rule, logits, target)
             curve = exit_curve(rule, logits, target, costs)
             point = choose_point(curve, budget, accuracy_drop, latency)
             self.rule = replace(rule, thresholds=point['thresholds'])

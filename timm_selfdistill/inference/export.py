@@ -61,6 +61,7 @@ class _Section(nn.Module):
         super().__init__()
         self.part = part
         self.rule = rule
+        self.gates = rule.gates  # so that their weights are found
         self.number = number
         self.memory = tuple(memory)
         self.later: Tuple[str, ...] = ()

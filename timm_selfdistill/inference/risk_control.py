@@ -19,6 +19,7 @@ from ..costs import RunCosts
 from ..models.exit_rule import ExitRule, follow_rule
 from ..models.rule_notes import Promise
 from .calibration import exit_curve, fit_temperatures, judge_exits, leave_at, measure_thresholds, pareto
+from .gates import with_gates
 
 __all__ = [
     'BOUNDS', 'Risk', 'betting_p_value', 'check_promise', 'choose_path', 'choose_safely', 'choose_stake',
@@ -160,6 +161,7 @@ def choose_path(
     rule = replace(rule, thresholds=None)
     if temperatures:
         rule = replace(rule, temperatures=fit_temperatures(logits, target, rule.ensemble))
+    rule = with_gates(rule, logits, target)
     curve = exit_curve(rule, logits, target, costs, points=400)
     at_end = next(row['cost'] for row in curve if row['thresholds'] == rule.thresholds)
     front = [row['thresholds'] for row in reversed(pareto(curve)) if row['cost'] < at_end]

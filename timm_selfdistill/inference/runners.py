@@ -320,8 +320,9 @@ _found: Dict[str, Tuple[Optional[List[Cut]], List[Tuple[str, str]]]] = {}
 def _architecture(model: MultiExit) -> str:
     """Hash all that says how a network computes: its modules, the shapes of its weights, its images and its exits."""
     config = get_model_input_config(model)
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
-    told = (type(model.backbone), model, shapes, sorted(config.items(), key=str), model.exits)
+    parts = [model.backbone, model.exit_heads, model.head]
+    shapes = [(n, tuple(t.shape)) for part in parts if part is not None for n, t in part.state_dict().items()]
+    told = (type(model.backbone), parts, shapes, sorted(config.items(), key=str), model.exits)
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 

@@ -2,22 +2,27 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from numbers import Real
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
+import torch.nn as nn
 
+from .exit_gate import create_gates
 from .rule_notes import NOTES, Leaving, Promise, read_note
 
 __all__ = [
-    'CRITERIA', 'Candidate', 'ExitRule', 'Thresholds', 'confidence_score', 'follow_rule', 'single_exits',
+    'CRITERIA', 'Candidate', 'ExitRule', 'Thresholds', 'confidence_score', 'decide_together', 'follow_rule',
+    'single_exits',
 ]
 
 Candidate = Tuple[str, Tuple[Optional[float], ...]]
 
 Thresholds = Union[None, float, Sequence[Optional[float]]]
 
+# Functions of the logits. Besides there is `gate`, which has to be trained.
 CRITERIA = ('confidence', 'margin', 'entropy', 'patience')
 
 
@@ -61,14 +66,16 @@ class ExitRule:
             exit that nothing leaves at. None for no early exit at all. An image leaves where its confidence or margin
             (0 to 1) is at least the threshold, where its entropy (0 to ln num_classes, in nats) is at most the
             threshold, or where that many exits in a row have agreed with the one before them (patience: whole numbers
-            from 1; PABEE, Zhou et al., NeurIPS 2020, arXiv 2006.04152).
-        criterion: What the thresholds are compared with, one of `CRITERIA`.
+            from 1; PABEE, Zhou et al., NeurIPS 2020, arXiv 2006.04152). Where the gate's probability (0 to 1) is at
+            least the threshold, with `gate`.
+        criterion: What the thresholds are compared with, one of `CRITERIA`, or `gate`.
         temperatures: What the logits of each exit are divided by before probabilities are made of them, one for each
             exit, the deepest included (Guo et al., ICML 2017, arXiv 1706.04599); 1 when None.
         ensemble: Let all exits passed so far decide together, by the mean of their logits. The temperature is then that
             of the mean up to an exit.
         promise: What the thresholds guarantee. It is dropped where it was made for other ones, or other temperatures.
         leaving: Where the images left that the thresholds were chosen on; dropped likewise.
+        gates: For `gate`: one `ExitGate` for each exit but the deepest. Without, no image may leave early.
 
     Raises:
         ValueError: A value does not fit; the message names it and says what is allowed.
@@ -81,10 +88,11 @@ class ExitRule:
     ensemble: bool = False
     promise: Optional[Promise] = None
     leaving: Optional[Leaving] = None
+    gates: Optional[nn.ModuleList] = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
-        if self.criterion not in CRITERIA:
-            raise ValueError(f'criterion={self.criterion!r}: unknown, expected one of {", ".join(CRITERIA)}.')
+        if self.criterion not in (*CRITERIA, 'gate'):
+            raise ValueError(f'criterion={self.criterion!r}: unknown, expected one of {", ".join(CRITERIA)}, gate.')
         if not isinstance(self.ensemble, bool):
             raise ValueError(f'ensemble={self.ensemble!r}: expected True or False.')
         object.__setattr__(self, 'thresholds', self._check_thresholds())
@@ -93,6 +101,16 @@ class ExitRule:
             note = getattr(self, name)
             if note is not None and note.made_for != self.digest():
                 object.__setattr__(self, name, None)
+
+    def __str__(self) -> str:
+        sign = '<=' if self.criterion == 'entropy' else '>='
+        leave = ', '.join(
+            f'exit {i}: never' if t is None else f'exit {i}: {self.criterion} {sign} {t:.4g}'
+            for i, t in enumerate(self.thresholds)
+        )
+        if all(threshold is None for threshold in self.thresholds):
+            leave = 'no image leaves early'
+        return leave + (', ensemble of the exits passed' if self.ensemble else '')
 
     def digest(self) -> str:
         """Return a short hash of all that decides where images leave."""
@@ -116,6 +134,7 @@ class ExitRule:
             'confidence': (0, 1, ''),
             'margin': (0, 1, ''),
             'entropy': (0, math.log(max(self.num_classes, 1)), f' nats for {self.num_classes} classes'),
+            'gate': (0, 1, ''),
             'patience': (1, max(count, 1), f', whole, for {self.num_exits} exits'),
         }[self.criterion]
         for value in values:
@@ -127,6 +146,8 @@ class ExitRule:
                     f'thresholds={given!r}: {value!r} is out of range for {self.criterion}, which goes from '
                     f'{lowest} to {highest:.4g}{unit}.'
                 )
+        if self.criterion == 'gate' and self.gates is None and any(value is not None for value in values):
+            raise ValueError(f'thresholds={given!r}: gates have to be trained first, which calibrate() does.')
         return tuple(None if value is None else float(value) for value in values)
 
     def _check_temperatures(self) -> Tuple[float, ...]:
@@ -154,7 +175,8 @@ class ExitRule:
         if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < 1e9:
             raise ValueError(f'early_exit: num_classes={count!r}: expected a whole number above 0.')
         notes = {name: read_note(name, settings.get(name), num_exits) for name in NOTES}
-        return cls(num_exits, **{**settings, **notes})
+        gates = create_gates(num_exits, count) if settings['criterion'] == 'gate' else None
+        return cls(num_exits, gates=gates, **{**settings, **notes})
 
     def settings(self) -> Dict[str, Any]:
         """Return the rule as JSON can hold it."""
@@ -209,6 +231,10 @@ class ExitRule:
         if self.ensemble:
             later['total'] = memory['total'] + logits if memory else logits
             logits = later['total'] / (number + 1)
+        if self.criterion == 'gate' and self.gates is not None and number < self.num_exits - 1:
+            return logits, self.gates[number](logits / self.temperatures[number]), later
+        if self.criterion == 'gate':
+            return logits, torch.zeros_like(logits[:, 0]), later  # nothing leaves, or all that is left
         if self.criterion != 'patience':
             return logits, confidence_score(logits / self.temperatures[number], self.criterion), later
         later['prediction'] = logits.argmax(-1)
@@ -217,6 +243,11 @@ class ExitRule:
         else:
             later['agreed'] = torch.zeros_like(logits[:, 0])
         return logits, later['agreed'], later
+
+
+def decide_together(logits: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    """Return what the exits up to each one decide together: the mean of their logits, each (N, num_classes)."""
+    return [total / (number + 1) for number, total in enumerate(accumulate(logits))]
 
 
 def follow_rule(rule: ExitRule, logits: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -41,6 +41,7 @@ class MultiExit(BackboneWrapper):
         stages: Every place where the backbone may be cut.
         distilled_training: Whether `forward` gives all exits while training.
         backbone_frozen: Whether only the auxiliary exits learn, see `freeze_backbone`.
+        exit_gates: The exit rule's gates, none without the criterion `gate`.
         exit_rule: When images leave early, for `EarlyExit` unless it is given another rule. None without one.
 
     Raises:
@@ -76,7 +77,7 @@ class MultiExit(BackboneWrapper):
         self.exits = choose_exits(self.stages, exits, name, head_macs)
         self.exit_head = exit_head
         self.distilled_training = self.backbone_frozen = False
-        self.exit_rule: Optional[ExitRule] = None
+        self.exit_rule = None
         self.exit_heads = nn.ModuleList(
             create_head(num_classes=backbone.num_classes, first=i == self.exits[0], **settings[i]) for i in self.exits
         )
@@ -92,6 +93,16 @@ class MultiExit(BackboneWrapper):
             rule = ExitRule.from_settings(early_exit, self.num_exits)
             self.exit_rule = rule if rule.num_classes == self.num_classes else None
         self.pretrained_cfg = cfg_without_weights(backbone, name + SUFFIX)
+
+    @property
+    def exit_rule(self) -> Optional[ExitRule]:
+        """When images leave early."""
+        return self._exit_rule
+
+    @exit_rule.setter
+    def exit_rule(self, rule: Optional[ExitRule]) -> None:
+        self._exit_rule = rule
+        self.exit_gates = nn.ModuleList() if rule is None or rule.gates is None else rule.gates
 
     # -- exits --------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,9 @@ from timm.models import get_model_input_config, group_parameters
 
 from .names import model_name, names_tuple, times
 
-__all__ = ['BackboneWrapper', 'checkpoint_filter_fn', 'nested_group_matcher']
+__all__ = ['GATES', 'BackboneWrapper', 'checkpoint_filter_fn', 'nested_group_matcher']
+
+GATES = 'exit_gates.'  # how the names of an exit rule's weights begin
 
 
 def nested_group_matcher(owner: nn.Module, child: str, coarse: bool) -> Callable[[str], int]:
@@ -128,8 +130,11 @@ class BackboneWrapper(nn.Module):
     def fit_state_dict(self, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         """Return a checkpoint in this model's keys: one of the plain network goes to the backbone.
 
-        What is not the backbone's then keeps the weights it has.
+        What is not the backbone's then keeps the weights it has. Gates of an exit rule that the model has not got are
+        left out.
         """
+        if not getattr(self, 'exit_gates', None):
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(GATES)}
         if not state_dict or any(k.startswith(('backbone.', 'exit_heads.')) for k in state_dict):
             return state_dict
         own = self.state_dict()

@@ -15,6 +15,7 @@ from ..errors import ConfigError, counted, nearest, reason_of
 from ..hub.sources import fetch_weights, read_source
 from ..models.multi_exit import MultiExit
 from ..models.names import SUFFIX, model_name, names_tuple, times
+from ..models.wrapper import GATES
 from ..run_files import is_complete
 
 __all__ = ['InitialNetwork', 'Loaded', 'find_network', 'load_weights', 'read_weights']
@@ -193,6 +194,8 @@ def load_weights(
     Raises:
         ConfigError: They are not of this network; the message names the first tensors that do not fit.
     """
+    # gates belong to an exit rule, which does not outlast training
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(GATES)}
     total, own = len(weights), model.state_dict()
     state = _of_this_network(model, weights)
     adapted = _adapt_stem(model, state)
