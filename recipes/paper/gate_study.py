@@ -1,8 +1,8 @@
 """Are gates better than confidence? `python recipes/paper/gate_study.py --checkpoint RUN --data-dir PATH`
 
 Of the test split some images, drawn by each seed, stand for held-out ones: temperatures are fitted and gates trained on
-them. On all others the curve of accuracy over cost is followed, with one threshold for all exits. Its accuracy is told at
-a quarter, a half and three quarters of the way from the cost of the first exit to that of the whole network.
+them. On all others the curve of accuracy over cost is followed, with one threshold for all exits. Its accuracy is given
+at a quarter, a half and three quarters of the way from the cost of the first exit to that of the whole network.
 """
 import dataclasses
 import json

@@ -109,7 +109,7 @@ class InvertedHead(ExitHead):
         self.down = nn.Sequential(
             *(InvertedResidual(a, b, stride=2, exp_ratio=3., **norm_act) for a, b in zip(chs, chs[1:])))
         self.widen = ConvNormAct(chs[-1], width, kernel_size=1, **norm_act)
-        _init_convs(self)
+        _init_convs(self, mode='fan_in')
         self.reset_classifier(num_classes)
 
     def forward_map(self, x: torch.Tensor) -> torch.Tensor:
