@@ -56,7 +56,8 @@ def test_features_are_what_the_classifiers_see(model, images):
 
 @functools.cache
 def create_once(name, kind):
-    return timm.create_model(f'{name}_sd', num_classes=7, exit_head=kind).eval()
+    exits = (2, 3) if kind == 'inverted' and name == 'test_resnet' else None  # it is too dear there to be placed
+    return timm.create_model(f'{name}_sd', num_classes=7, exit_head=kind, exits=exits).eval()
 
 
 @pytest.fixture(params=[(name, kind) for name in FAMILIES[:3] for kind in sorted(EXIT_HEADS)], ids='-'.join)
