@@ -2,12 +2,15 @@
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 from timm_selfdistill.inference.drift import ExitCounter, compare_leaving
 from timm_selfdistill.inference.early_exit import EarlyExit
+from timm_selfdistill.inference.export import export_network
+from timm_selfdistill.inference.staged_session import StagedSession
 from timm_selfdistill.models.exit_rule import ExitRule
 
 
@@ -94,3 +97,19 @@ def test_the_histogram_of_the_calibration_travels_with_the_thresholds(predictor)
 def test_a_histogram_that_is_none_is_refused(leaving):
     with pytest.raises(ValueError, match='early_exit: leaving='):
         ExitRule.from_settings(dict(ExitRule(3, 5).settings(), leaving=leaving), 3)
+
+
+def test_a_staged_session_counts_too(predictor, tmp_path):
+    images = torch.randn(30, 3, 160, 160)
+    predictor.calibrate([(images, torch.arange(30) % 3)], budget=0.99)
+    export_network(predictor.model, tmp_path / 'staged', staged=True)
+    session = StagedSession(tmp_path / 'staged')
+    assert session.counts == (0, 0, 0) and session.confidence == (None,) * 3
+    assert session.manifest['early_exit']['leaving'] == list(predictor.rule.leaving.images)
+    logits, exits = (np.concatenate(parts) for parts in zip(*map(session.run, np.split(images.numpy(), 3))))
+    assert session.counts == tuple(np.bincount(exits, minlength=3).tolist())
+    largest = torch.from_numpy(logits).softmax(-1).amax(-1).numpy()
+    for number, mean in enumerate(session.confidence):
+        assert mean is None if not (exits == number).any() else mean == pytest.approx(largest[exits == number].mean())
+    session.reset_counts()
+    assert session.counts == (0, 0, 0)

@@ -22,8 +22,9 @@ from ..inference.gates import with_gates
 from ..inference.quantize import quantize_staged
 from ..inference.risk_control import choose_safely
 from ..inference.staged_session import StagedSession
-from ..models.exit_rule import ExitRule
+from ..models.exit_rule import ExitRule, follow_rule
 from ..models.multi_exit import shown_name
+from ..models.rule_notes import Leaving
 from ..run_files import write_json
 from .benchmark.paired import compare
 
@@ -141,7 +142,11 @@ def export_int8(checkpoint: str, output: Path, config: EvaluationConfig) -> Dict
         quantize_staged(exact, trial, some)
         floats, ints = StagedSession(exact), StagedSession(trial)
         before = run_exits(floats, images, rule, size)
-        model.exit_rule = chosen = recalibrate(rule, before, run_exits(ints, images, rule, size), target, costs, aim)
+        logits = run_exits(ints, images, rule, size)
+        chosen = recalibrate(rule, before, logits, target, costs, aim)
+        exits = follow_rule(chosen, logits)[1].bincount(minlength=model.num_exits)
+        leaving = Leaving(tuple(exits.tolist()), chosen.digest())
+        model.exit_rule = chosen = dataclasses.replace(chosen, leaving=leaving)
         export_network(model, anew, staged=True)  # temperatures are constants of the graphs
         manifest = quantize_staged(anew, output, some)
         ints = StagedSession(output)
@@ -153,8 +158,6 @@ def export_int8(checkpoint: str, output: Path, config: EvaluationConfig) -> Dict
     manifest['int8'].update(
         split=shown, split_images=len(shown_target), measured=measured,
         speed_up={str(n): figures for n, figures in speed.items()})
-    if chosen.promise is not None:
-        manifest['early_exit']['promise'] = str(chosen.promise)
     write_json(output / 'export.json', manifest)
     print_rows(console, list(_rows(measured)), f'{shown_name(model)} on {data.name}, {shown} split '
                f'({len(shown_target):,} images)')

@@ -250,6 +250,10 @@ def export_network(
         levels = [rule.level(i) if t is not None else None for i, t in enumerate(rule.thresholds)]
         manifest['early_exit'] = dict(
             criterion=rule.criterion, ensemble=rule.ensemble, temperatures=list(rule.temperatures), levels=levels)
+        if rule.leaving is not None:
+            manifest['early_exit']['leaving'] = list(rule.leaving.images)
+        if rule.promise is not None:
+            manifest['early_exit']['promise'] = str(rule.promise)
     suffix = '.onnx' if format == 'onnx' else '.pt2'
     x = torch.randn(3, *data_config['input_size'], generator=torch.Generator().manual_seed(1))
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Runs an exported network in stages with onnxruntime; nothing else of this package, nor torch, is needed for it."""
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -57,6 +58,8 @@ class StagedSession:
         except (OSError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f'{path}: not of a network exported in stages for onnxruntime: {error}.') from error
         self.levels = own_levels if levels is None else levels
+        self._lock = threading.Lock()
+        self.reset_counts()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         providers = list(providers or ['CPUExecutionProvider'])
@@ -92,6 +95,33 @@ class StagedSession:
                 raise ValueError(f'levels={levels}: {level!r} is no level, expected a number or None.')
         self._levels = tuple(None if level is None else float(level) for level in levels)
 
+    def reset_counts(self) -> None:
+        """Forget the images that have been counted."""
+        with self._lock:
+            self._counts = np.zeros((2, len(self._graphs)))
+
+    @property
+    def counts(self) -> Tuple[int, ...]:
+        """Images that `run` has seen leave at each exit.
+
+        Those of the calibration are in the manifest's `early_exit`, as `leaving`. A two-sample test of both, such as
+        scipy's `chi2_contingency`, tells whether other images come now.
+        """
+        with self._lock:
+            return tuple(int(count) for count in self._counts[0])
+
+    @property
+    def confidence(self) -> Tuple[Optional[float], ...]:
+        """Mean over these images of the largest probability, by the exit's logits as they are; None without images."""
+        with self._lock:
+            return tuple(float(total / count) if count else None for count, total in self._counts.T)
+
+    def _count(self, logits: np.ndarray, exit_index: np.ndarray) -> None:
+        largest = 1 / np.exp(logits - logits.max(-1, keepdims=True), dtype=np.float64).sum(-1)
+        with self._lock:
+            for row, weights in enumerate((None, largest)):
+                self._counts[row] += np.bincount(exit_index, weights, len(self._graphs))
+
     def run(self, images: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
         """Classify images.
 
@@ -124,6 +154,7 @@ class StagedSession:
                 break
             tensors = {name: tensor[~leaves] for name, tensor in tensors.items()}
         self._check_finite('logits', logits)
+        self._count(logits, exit_index)
         return logits, exit_index
 
     def run_exits(self, images: np.ndarray) -> List[np.ndarray]:
