@@ -2,8 +2,8 @@
 
 Two bounds, on networks with random weights, in turn in one process, for batches of several sizes. Thresholds that no
 image passes: early exit runs all exits and asks at each, against `forward_exits`, which runs them and asks nothing.
-Thresholds that all images pass: early exit stops at exit 0, against the network truncated there. The package earlyon has
-the same network, heads and thresholds. Ratios are medians over rounds, with the middle half.
+Thresholds that all images pass: early exit stops at exit 0, against the network truncated there. The package earlyon
+has the same network, heads and thresholds. Ratios are medians over rounds, with the middle half.
 """
 import dataclasses
 import json
