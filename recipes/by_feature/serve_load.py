@@ -14,6 +14,8 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +41,7 @@ def serving(checkpoint, kind, body, *options, seconds=180):
     script = Path(__file__).with_name('serve.py')
     process = subprocess.Popen(
         [sys.executable, str(script), checkpoint, '--kind', kind, '--port', str(port), *options],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     url = f'http://127.0.0.1:{port}/predict'
     try:
         end = time.time() + seconds
@@ -52,8 +54,10 @@ def serving(checkpoint, kind, body, *options, seconds=180):
             time.sleep(0.2)
         yield url
     finally:
-        process.terminate()
-        process.wait()
+        for number, patience in ((signal.SIGINT, 5), (signal.SIGKILL, None)):  # its workers with it
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(patience)
 
 
 async def offer(url, bodies, rate, seconds, timeout, seed=0):

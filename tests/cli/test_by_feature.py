@@ -3,8 +3,10 @@ import asyncio
 import base64
 import importlib
 import json
+from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import timm
 import torch
@@ -83,6 +85,7 @@ def test_serving_gives_what_the_predictor_gives(script, tmp_path, capsys):
     pytest.importorskip('litserve')
     run = untrained_run(tmp_path / 'run')
     load = script('serve_load')
+    assert Path(script('serve').__file__) == Path(load.__file__).with_name('serve.py')  # which load.serving starts
     model = timm.create_model(f'local-dir:{run}', pretrained=True).eval()
     size = model.pretrained_cfg['input_size']
     bodies = load.read_images(None, size, 20)
@@ -91,6 +94,8 @@ def test_serving_gives_what_the_predictor_gives(script, tmp_path, capsys):
         answers = asyncio.run(load.offer(url, bodies, 100, 0.4, 30))
         with pytest.raises(httpx.HTTPError):
             httpx.post(url, json=dict(pixels='AAAA')).raise_for_status()
+    serving = [p for p in psutil.process_iter(['cmdline']) if checkpoint in (p.info['cmdline'] or [])]
+    assert not serving, 'no process is left of it'
     pixels = [base64.b64decode(json.loads(body)['pixels']) for body in bodies]
     images = torch.stack([torch.frombuffer(bytearray(p), dtype=torch.uint8).view(*size[1:], 3) for p in pixels])
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(-1, 1, 1) for name in ('mean', 'std'))
