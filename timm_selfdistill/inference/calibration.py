@@ -305,6 +305,8 @@ def check_aim(
         said = ', '.join(f'{name}={value!r}' for name, value in aims.items())
         raise ValueError(f'{said}: expected exactly one of them.')
     name, value = given[0]
+    if name == 'risk':  # a share, see `check_promise`
+        return name, value
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
         raise ValueError(f'{name}={value!r}: expected a number, 0 or more.')
     return name, value
