@@ -32,9 +32,9 @@ def gate_scores(logits: torch.Tensor) -> torch.Tensor:
 class ExitGate(nn.Module):
     """Tells how likely an exit is right about an image, or the rest of the network would not mend it.
 
-    A small network over the sorted scores of the exit: one hidden layer of 16, 129 weights and 16 biases, and as many
-    MACs. It is trained on held-out images when early exit is calibrated with the criterion `gate`, see
-    `inference.gates.train_gates`.
+    A small network over the sorted scores of the exit: one hidden layer of 16, with 128 weights, hence 128 MACs, and
+    17 biases (fewer weights below five classes). It is trained on held-out images when early exit is calibrated with
+    the criterion `gate`, see `inference.gates.with_gates`.
 
     Args:
         num_classes: Classes of the network.
