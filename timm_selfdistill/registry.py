@@ -16,7 +16,7 @@ from .models import cifar  # noqa: F401  registers networks of its own, which ge
 from .models.multi_exit import MultiExit
 from .models.names import SUFFIX, WEIGHT_KEYS, times
 from .models.stages import ExitSpec
-from .models.wrapper import checkpoint_filter_fn
+from .models.wrapper import BackboneWrapper, checkpoint_filter_fn
 
 __all__ = ['register_all', 'register_pretrained']
 
@@ -70,14 +70,27 @@ def _create_multi_exit(
         model = MultiExit(backbone, exits, exit_head, model_args.get('num_classes'), early_exit)
         return model if truncate is None else model.truncate(truncate)
 
-    return build_model_with_cfg(
+    def fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+        _name_layers(model, base)  # which timm looks up next, to adapt the weights to other classes
+        return checkpoint_filter_fn(state_dict, model)
+
+    model = build_model_with_cfg(
         build,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=fit,
         feature_cfg=dict(feature_cls='getter'),
         **kwargs,
     )
+    _name_layers(model, base)
+    return model
+
+
+def _name_layers(model: nn.Module, base: str) -> None:
+    """Name the layers of a plain network in its config, which timm made for the one with exits that it was cut from."""
+    if not isinstance(model, BackboneWrapper) and 'classifier' in model.pretrained_cfg:
+        own = timm.get_pretrained_cfg(base)
+        model.pretrained_cfg.update(classifier=own.classifier, first_conv=own.first_conv)
 
 
 def _default_out_indices(base: str) -> Tuple[int, ...]:

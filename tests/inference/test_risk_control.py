@@ -198,6 +198,9 @@ class TestPredictor:
                 predictor.calibrate([batch], risk=0.1)
         with pytest.raises(ValueError, match='expected exactly one of them'):
             predictor.calibrate([], risk=0.1, budget=0.5)
+        for name, value in (('confidence', 0.9), ('risk_of', 'agreement'), ('bound', 'betting')):
+            with pytest.raises(ValueError, match=f'{name}={value!r}: goes with `risk` only'):
+                predictor.calibrate([], budget=0.5, **{name: value})
         with pytest.raises(ValueError, match='There are no images'):
             predictor.calibrate([], risk=0.1)
         assert predictor.rule is before

@@ -92,6 +92,25 @@ def test_every_kind_of_head_ends_a_network(any_head):
     assert [z.shape for z in model.forward_exits(x)] == [(2, 4)] * model.num_exits
 
 
+@pytest.mark.parametrize('name', FAMILIES)
+def test_the_plain_network_cut_out_of_saved_weights_is_one_like_any_other(name, tmp_path):
+    model = timm.create_model(f'{name}_sd', num_classes=7).eval()
+    x = images_for(model)
+    whole, end = (f'local-dir:{tmp_path / part}' for part in ('whole', 'end'))
+    save_model(model, tmp_path / 'whole')
+    deepest = model.num_exits - 1
+    plain = timm.create_model(whole, pretrained=True, truncate=deepest).eval()
+    assert torch.equal(plain(x), model(x))
+    own = timm.get_pretrained_cfg(name)
+    assert {k: plain.pretrained_cfg[k] for k in ('classifier', 'first_conv')} == {
+        'classifier': own.classifier, 'first_conv': own.first_conv}
+    save_model(plain, tmp_path / 'end')
+    assert torch.equal(timm.create_model(end, pretrained=True).eval()(x), model(x))
+    for source, kwargs in ((whole, dict(truncate=deepest)), (end, {})):
+        assert timm.create_model(source, pretrained=True, num_classes=3, **kwargs).eval()(x).shape == (2, 3)
+        assert timm.create_model(source, pretrained=True, in_chans=1, **kwargs).eval()(x[:, :1]).shape == (2, 7)
+
+
 @pytest.mark.slow
 def test_every_kind_of_head_is_saved_and_loaded(any_head, tmp_path):
     model = any_head

@@ -58,21 +58,22 @@ def render_table(rows: List[Dict[str, Any]], title: str) -> Table:
         collapse_padding=True,
     )
     table.add_column('exit', no_wrap=True)
-    table.add_column('after', no_wrap=True)
+    table.add_column('after', overflow='fold')  # before any number is cut short
     top5 = rows[0]['top5'] is not None
-    measure = 'agree %' if rows[0].get('agreement') else 'top-1 %'
-    for column in ('params', 'MACs', 'share %', measure, *(('top-5 %',) if top5 else ()), 'NLL', 'ECE %', 'AURC %'):
+    measure = 'agree\n%' if rows[0].get('agreement') else 'top-1\n%'
+    shares = ('share\n%', measure, *(('top-5\n%',) if top5 else ()), 'NLL', 'ECE\n%', 'AURC\n%')
+    for column in ('params', 'MACs', *shares):
         table.add_column(column, justify='right', no_wrap=True)
     for row in rows:
         table.add_row(
             row['exit'],
             row['stage'],
             f'{row["params"] / 1e6:.2f}M',
-            f'{row["macs"] / 1e6:.1f}M',
+            f'{row["macs"] / 1e6:.1f}M' if row['macs'] < 1e9 else f'{row["macs"] / 1e9:.2f}G',
             f'{100 * row["share"]:.1f}',
             f'{row["top1"]:.2f}',
             *([f'{row["top5"]:.2f}'] if top5 else []),
-            f'{row["loss"]:.4f}',
+            f'{row["loss"]:.3f}',
             f'{row["ece"]:.2f}',
             f'{row["aurc"]:.2f}' if 'aurc' in row else '',  # runs of older versions lack it
         )

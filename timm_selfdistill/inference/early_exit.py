@@ -301,13 +301,12 @@ class EarlyExit:
             The rule, what it comes to on these data, and the whole curve of accuracy over cost.
 
         Raises:
-            ValueError: Not exactly one of the four is given, no thresholds reach it, there are no images, or too few to
-                promise it, some are of classes that the network does not know, or a batch cannot be read. Nothing is
-                changed then.
+            ValueError: Not exactly one of the four is given, or what goes with `risk` without it; no thresholds reach
+                it; there are no images, or too few to promise it; some are of classes that the network does not know;
+                or a batch cannot be read. Nothing is changed then.
         """
         check_aim(budget, accuracy_drop, latency, risk)  # before all the work
-        if risk is not None:
-            check_promise(risk, confidence, risk_of, bound)
+        check_promise(risk, confidence, risk_of, bound)
         labelled = risk is None or risk_of == 'accuracy'
         seen: Set[bytes] = set()
         first: List[torch.Tensor] = []

@@ -100,12 +100,19 @@ BOUNDS: Dict[str, Callable[..., float]] = {
 _TIGHTER = {'accuracy': 'betting', 'agreement': 'hoeffding-bentkus'}
 
 
-def check_promise(risk: float, confidence: float, risk_of: str, bound: Optional[str]) -> str:
+def check_promise(risk: Optional[float], confidence: float, risk_of: str, bound: Optional[str]) -> str:
     """Return the bound to use.
 
     Raises:
-        ValueError: A number does not lie between 0 and 1, or a name is unknown.
+        ValueError: A number does not lie between 0 and 1, a name is unknown, or no risk is given and something that is
+            for it alone.
     """
+    if risk is None:
+        given = (('confidence', confidence, 0.95), ('risk_of', risk_of, 'accuracy'), ('bound', bound, None))
+        for name, value, usual in given:
+            if value != usual:
+                raise ValueError(f'{name}={value!r}: goes with `risk` only, such as risk=0.01.')
+        return _TIGHTER[risk_of]
     for name, value in (('risk', risk), ('confidence', confidence)):
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < 1:
             raise ValueError(f'{name}={value!r}: expected a number above 0 and below 1, such as 0.01 for 1 %.')

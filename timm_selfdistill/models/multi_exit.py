@@ -103,6 +103,7 @@ class MultiExit(BackboneWrapper):
     def exit_rule(self, rule: Optional[ExitRule]) -> None:
         self._exit_rule = rule
         self.exit_gates = nn.ModuleList() if rule is None or rule.gates is None else rule.gates
+        self.exit_gates.train(self.training)
 
     # -- exits --------------------------------------------------------------------------------------------------------
 
