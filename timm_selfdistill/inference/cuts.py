@@ -10,7 +10,7 @@ the logits that they get in a whole batch. The first choice of modules that pass
 """
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -86,10 +86,16 @@ def randomise(model: nn.Module, generator: Optional[torch.Generator] = None) -> 
     for parameter in parameters:
         if parameter.ndim > 1:
             std = (2 / max(1, parameter[0].numel())) ** 0.5
-            times = -(-parameter.numel() // max(1, count))
-            values = drawn.roll(-start).repeat(times)[:parameter.numel()]
-            parameter.copy_(values.view(parameter.shape)).mul_(std)
-            start = (start + parameter.numel()) % max(1, count)
+            own = parameter.is_contiguous()
+            flat = parameter.view(-1) if own else parameter.new_empty(parameter.numel())
+            done = 0
+            while done < len(flat):  # in one pass, as most of the time goes into memory
+                values = drawn[start:start + len(flat) - done]
+                torch.mul(values, std, out=flat[done:done + len(values)])
+                done += len(values)
+                start = (start + len(values)) % count
+            if not own:
+                parameter.copy_(flat.view(parameter.shape))
         else:
             parameter.add_(torch.empty_like(parameter).normal_(generator=generator), alpha=0.02)
 
@@ -98,8 +104,12 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def find_candidates(probe: MultiExit, images: torch.Tensor) -> List[List[Cut]]:
-    """Find for every auxiliary exit the modules that put out the map its head takes, the last to do so first."""
+def find_candidates(probe: MultiExit, images: torch.Tensor) -> Tuple[List[List[Cut]], Dict[int, Grid]]:
+    """Find for every auxiliary exit the modules that put out the map its head takes, the last to do so first.
+
+    Returns:
+        The candidates of each exit, and height and width of its map.
+    """
     taps = [tap.clone() for tap in take_taps(probe.backbone, images, probe.exits)]
     found: List[List[Cut]] = [[] for _ in taps]
     calls: Counter = Counter()
@@ -128,7 +138,8 @@ def find_candidates(probe: MultiExit, images: torch.Tensor) -> List[List[Cut]]:
     finally:
         for handle in handles:
             handle.remove()
-    return [[cut for cut in cuts if calls[cut.module] == 1] for cuts in found]
+    grids = {number: tuple(tap.shape[-2:]) for number, tap in enumerate(taps)}
+    return [[cut for cut in cuts if calls[cut.module] == 1] for cuts in found], grids
 
 
 def spread(logits: torch.Tensor) -> torch.Tensor:
@@ -178,14 +189,14 @@ def small_size(model: MultiExit, resize: bool = False) -> Tuple[int, ...]:
     if taken != own or not resize or not hasattr(model.backbone, 'set_input_size'):
         return taken
     for size in [(own[0], 64, 64), (own[0], 56, 56), *sizes]:  # built for them, networks take less
-        probe = meta_copy(model)
         try:
             probe.backbone.set_input_size(img_size=size[1:])
+            if _takes(probe, size):
+                model.backbone.set_input_size(img_size=size[1:])
+                return size
         except (AssertionError, RuntimeError, TypeError, ValueError):  # it can be built for some sizes only
-            continue
-        if _takes(probe, size):
-            model.backbone.set_input_size(img_size=size[1:])
-            return size
+            pass
+        probe = meta_copy(model)
     return own
 
 

@@ -110,16 +110,24 @@ class CutRunner:
     Args:
         model: The network, which nobody else runs; it is given the hooks.
         cuts: One for each auxiliary exit.
+        size: Height and width of the images, if all that come have the same.
+        grids: Height and width of each auxiliary exit's map of such images.
     """
 
     kind = 'hooks'
     how = 'images that leave are taken out of the batch'
 
-    def __init__(self, model: MultiExit, cuts: Sequence[Cut]):
+    def __init__(
+            self,
+            model: MultiExit,
+            cuts: Sequence[Cut],
+            size: Optional[Grid] = None,
+            grids: Optional[Dict[int, Grid]] = None,
+    ):
         self.model = model
         self.cuts = cuts
-        self._grids: Dict[Grid, Dict[int, Grid]] = {}
-        self._probe = meta_copy(model) if any(cut.layout == 'NLC' for cut in cuts) else None
+        self._grids: Dict[Grid, Dict[int, Grid]] = {} if size is None else {size: grids}
+        self._probe = meta_copy(model) if size is None and any(cut.layout == 'NLC' for cut in cuts) else None
         self._hooks = [
             model.backbone.get_submodule(cut.module).register_forward_hook(_Leave(number, cut, head))
             for number, (cut, head) in enumerate(zip(cuts, model.exit_heads))
@@ -135,9 +143,9 @@ class CutRunner:
         Returns:
             By the number of the exit; nothing where all modules put out maps that have them.
         """
-        if self._probe is None:
-            return {}
         found = self._grids.get((height, width))
+        if self._probe is None:
+            return found or {}
         if found is None:
             like = next(self._probe.parameters())
             images = torch.empty(1, channels, height, width, device='meta', dtype=like.dtype)
@@ -195,12 +203,12 @@ def find_cuts(
     if images.is_cuda or any(spread(logits) < 100 * noise * logits.abs().max() for logits in expected):
         probe, images, noise = probe.double(), images.double(), 1e-9
         expected = probe.forward_exits(images)
-    candidates = find_candidates(probe, images[:1])
+    candidates, grids = find_candidates(probe, images[:1])
     if not all(candidates):
         return None
     for choice in range(max(map(len, candidates))):
         cuts = [options[min(choice, len(options) - 1)] for options in candidates]
-        run = CutRunner(probe, cuts)
+        run = CutRunner(probe, cuts, tuple(images.shape[-2:]), grids)
         passes = agrees(run, images, expected, noise)
         run.remove_hooks()
         if passes:
