@@ -1,13 +1,13 @@
-"""The rows of the CIFAR-100 table: a network, a protocol of `recipes/cifar100`, and what differs from it."""
+"""The rows of the tables: a network, a protocol of `recipes/cifar100` or `finetune`, and what differs from it."""
 import fnmatch
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from timm_selfdistill.errors import ConfigError, nearest
 
 __all__ = ['METHODS', 'PROTOCOLS', 'ROWS', 'Row', 'find_rows']
 
-FILES = Path(__file__).parents[1] / 'cifar100'
+FILES = Path(__file__).parents[1]
 
 METHODS = {'plain': 'plain', 'deep_supervision': 'deep-supervision', 'byot': 'byot'}
 PROTOCOLS = {'': 'byot_scan', '_later': 'byot_tpami', '_best': 'best'}  # by the end of a row's name
@@ -19,13 +19,24 @@ NETWORKS = (
 
 
 class Row(NamedTuple):
-    """A row of the table: its name, and the arguments of `recipes/train.py`."""
+    """A row of the table.
+
+    Attributes:
+        name: Its name.
+        arguments: Those of `recipes/train.py`.
+        start: Name of the row whose run, of the same seed, has the weights that it starts from.
+    """
     name: str
     arguments: Tuple[str, ...]
+    start: Optional[str] = None
 
 
 def _protocol(name: str, *arguments: str) -> Tuple[str, ...]:
-    return ('-c', str(FILES / f'{name}.yaml'), *arguments)
+    return ('-c', str(FILES / 'cifar100' / f'{name}.yaml'), *arguments)
+
+
+def _finetune(name: str, *arguments: str) -> Tuple[str, ...]:
+    return ('-c', str(FILES / 'finetune' / f'{name}.yaml'), *arguments)
 
 
 def _rows() -> Dict[str, Row]:
@@ -41,6 +52,14 @@ def _rows() -> Dict[str, Row]:
             rows.append(Row(f'{network}_generations{end}', _protocol(f'generations_{network}', *more)))
     rows += [Row('resnet20_packaged', _protocol('packaged')),
              Row('resnet20_packaged_plain', _protocol('packaged', '--method', 'plain'))]
+    rows += [
+        Row('lite0_plain', _finetune('photos')),
+        *(Row(f'lite0_{method}', _finetune('photos', '--method', METHODS[method], '--exit-head', 'inverted'))
+          for method in ('deep_supervision', 'byot')),
+        *(Row(f'lite0_disjoint_{head.replace("-", "_")}', _finetune('exits', '--exit-head', head), 'lite0_plain')
+          for head in ('inverted', 'bottleneck', 'bottleneck-wide', 'separable')),
+        Row('lite0_mixed', _finetune('mixed'), 'lite0_disjoint_inverted'),
+    ]
     return {row.name: row for row in rows}
 
 
@@ -62,11 +81,17 @@ ORDER = (
 )
 
 
+def _line(row: Row) -> List[Row]:
+    """Return a row behind those that it starts from."""
+    return [*(_line(ROWS[row.start]) if row.start else ()), row]
+
+
 def find_rows(rows: Tuple[str, ...]) -> List[List[Row]]:
-    """Return rows, in blocks that belong together; the whole table in its order where none are named.
+    """Return rows, in blocks that belong together, those that others start from first.
 
     Args:
-        rows: Names, patterns of them such as `resnet18_*`, or YAML files of settings.
+        rows: Names, patterns of them such as `resnet18_*`, or YAML files of settings; the whole CIFAR-100 table in its
+            order where there are none.
 
     Raises:
         ConfigError: There is no such row.
@@ -83,6 +108,6 @@ def find_rows(rows: Tuple[str, ...]) -> List[List[Row]]:
                 matching = [Row(Path(name).stem, ('-c', name))]
             if not matching:
                 raise ConfigError(f'`rows={name}`: no such row and no such file{nearest(name, ROWS)}.')
-            found.update((row.name, row) for row in matching)
+            found.update((row.name, row) for last in matching for row in _line(last))
         blocks.append(list(found.values()))
     return blocks

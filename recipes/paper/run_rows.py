@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Train the rows of the CIFAR-100 table on one GPU: `python recipes/paper/run_rows.py --data-dir DATA --hours 8`.
+"""Train the rows of the tables on one GPU: `python recipes/paper/run_rows.py --data-dir DATA --hours 8`.
 
-A row is a network, a protocol of `recipes/cifar100` (see `rows.py`), and a seed. Rows run one after the other; those
+A row is a network, a protocol of `recipes/cifar100` or `recipes/finetune` (see `rows.py`), and a seed. Rows run one after the other; those
 that are complete are left alone. When the time is up the one at work writes a checkpoint, and the same command resumes
 it, on another machine too if `--output` and `--results` are copied there. `python recipes/paper/table.py` prints what
 there is so far. What follows a `--` goes to `recipes/train.py` in every row: `-- --compile`. With several GPUs, start
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Dict, List, Literal, Optional, Tuple
 
 import tyro
-from rows import find_rows
+from rows import Row, find_rows
 
 from timm_selfdistill.cli.launch import PREEMPTED, run_command
 from timm_selfdistill.cli.options import parse_train_config
@@ -33,18 +33,20 @@ HERE = Path(__file__).parent
 
 @dataclasses.dataclass
 class RowsConfig:
-    """Train rows of the CIFAR-100 table one after the other, until all are complete or the time is up."""
+    """Train rows of the tables one after the other, until all are complete or the time is up."""
 
     data_dir: Optional[str] = None
-    """Folder of CIFAR-100; when None, say where the data are behind the --, as in -- --dataset uoft-cs/cifar100."""
+    """Folder of CIFAR-100, or of photos for the rows lite0_*; when None, say where the data are behind the --, as in -- --dataset uoft-cs/cifar100."""
     rows: Tuple[str, ...] = ()
     """Rows to train, in this order: names such as resnet18_byot, patterns of them such as 'resnet18_*', or YAML
-    files. When none are given all of the table, ResNet-18 first."""
+    files. When none are given all of the CIFAR-100 table, ResNet-18 first. What a row starts from is trained before."""
     seeds: Tuple[int, ...] = (0, 1, 2)
     """Seeds of every row."""
     hours: Optional[float] = None
     """Time after which no row begins and the one at work is told to write its checkpoint; leave it a few minutes for
     that."""
+    initial_checkpoint: Optional[str] = None
+    """File of weights that fine-tuning begins with; timm's own are downloaded when None."""
     precision: Literal['no', 'fp16', 'bf16'] = 'no'
     """Mixed precision of all rows."""
     output: str = 'output/cifar100'
@@ -55,11 +57,12 @@ class RowsConfig:
 
 @dataclasses.dataclass
 class Job:
-    """One row and seed: its name, its folder and what it is started with."""
+    """One row and seed: its name, what it is started with, and the folder of the run whose weights it starts from."""
 
     name: str
     arguments: List[str]
     config: TrainConfig
+    start: Optional[Path] = None
 
     @property
     def folder(self) -> Path:
@@ -109,15 +112,27 @@ def plan(config: RowsConfig, options: List[str]) -> List[Job]:
         for seed in config.seeds:
             for row in block:
                 name = f'{row.name}-seed{seed}'
+                start = Path(config.output) / f'{row.start}-seed{seed}' if row.start else None
                 arguments = [
-                    *row.arguments, '--recipe', row.name, '--output', config.output, '--results', config.results,
+                    *row.arguments, *_weights(row, start, config), '--recipe', row.name, '--output', config.output, '--results', config.results,
                     '--resume', 'auto', '--checkpoint-every', '10m', '--experiment', name,
                     *(('--data-dir', config.data_dir) if config.data_dir else ()), *options, '--seed', str(seed),
                 ]
                 parsed[row] = parsed.get(row) or parse_train_config(arguments)
                 own = dataclasses.replace(parsed[row], seed=seed, experiment=name)
-                jobs.setdefault(name, Job(name, arguments, own))
+                if start:
+                    own = dataclasses.replace(own, model=str(start))
+                jobs.setdefault(name, Job(name, arguments, own, start))
     return list(jobs.values())
+
+
+def _weights(row: Row, start: Optional[Path], config: RowsConfig) -> Tuple[str, ...]:
+    """Return the arguments by which a row finds the weights that it starts from."""
+    if start:
+        return '--model', str(start)
+    if config.initial_checkpoint and parse_train_config(row.arguments).backbone_pretrained:
+        return '--no-backbone-pretrained', '--initial-checkpoint', config.initial_checkpoint
+    return ()
 
 
 def train(job: Job, log: Path, environment: Dict[str, str], deadline: float, signals: StopSignals) -> bool:
@@ -155,6 +170,10 @@ def main() -> None:
             if not complete:
                 if signals.received or time.monotonic() > deadline:
                     left.append(job.name)
+                    continue
+                if job.start and not is_complete(job.start):
+                    (left if job.start.name in left else failed).append(job.name)
+                    print(f'{job.name}: does not begin, {job.start.name} has not come to its end', flush=True)
                     continue
                 print(f'{job.name}: begins or goes on, see {log}', flush=True)
                 stopped = train(job, log, environment, deadline, signals)

@@ -67,9 +67,23 @@ def test_lines_of_generations_differ_in_their_patriarch(network):
 def test_the_driver_takes_every_row_once():
     taken = [row.name for block in find_rows(()) for row in block]
     assert len(taken) == len(set(taken))
-    assert set(taken) == set(ROWS) - {'resnet20_packaged', 'resnet20_packaged_plain'}
+    others = {'resnet20_packaged', 'resnet20_packaged_plain', *(name for name in ROWS if name.startswith('lite0_'))}
+    assert set(taken) == set(ROWS) - others
     assert taken[:6] == [f'resnet18_{method}{recipe}' for recipe in ('', '_later') for method in METHODS]
     assert max(map(taken.index, ('resnet50_plain', 'resnet50_byot_later'))) < taken.index('resnet110_generations')
+
+
+def test_fine_tuned_networks_differ_in_how_their_exits_come():
+    rows = {name: parse_train_config(ROWS[f'lite0_{name}'].arguments) for name in (
+        'plain', 'byot', 'disjoint_inverted', 'disjoint_separable', 'mixed')}
+    differing = {
+        name: {k for k, v in config.settings().items() if v != rows['plain'].settings()[k]} for name, config in rows.items()}
+    assert differing['byot'] == {'method', 'exit_head'}
+    for name in ('disjoint_inverted', 'disjoint_separable'):
+        assert differing[name] == {'method', 'exit_head', 'regime', 'lr', 'backbone_pretrained'}
+        assert ROWS[f'lite0_{name}'].start == 'lite0_plain'
+    assert differing['mixed'] == {'method', 'epochs', 'lr', 'warmup_epochs', 'backbone_pretrained'}
+    assert rows['mixed'].lr == rows['plain'].lr / 10 and ROWS['lite0_mixed'].start == 'lite0_disjoint_inverted'
 
 
 @pytest.mark.slow

@@ -53,8 +53,9 @@ def _quantize(source: Path, target: Path, feeds: Iterator[Dict[str, np.ndarray]]
     # the tool prints, and its shape inference by symbols fails on what torch exports
     with contextlib.redirect_stdout(io.StringIO()):
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        # weights of 7 bits: CPUs without VNNI add products of 8 bits up in 16, which overflow
         quantize_static(
-            prepared, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+            prepared, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=list(_OPERATIONS))
     prepared.unlink()
 
@@ -62,7 +63,8 @@ def _quantize(source: Path, target: Path, feeds: Iterator[Dict[str, np.ndarray]]
 def quantize_staged(source: Union[str, Path], folder: Union[str, Path], images: np.ndarray) -> Dict[str, Any]:
     """Quantize a network exported in stages to int8: weights by channel, activations by the range they have on images.
 
-    Static quantization in the QDQ format (Jacob et al., CVPR 2018, arXiv 1712.05877). What stages pass on, and the
+    Static quantization in the QDQ format (Jacob et al., CVPR 2018, arXiv 1712.05877). Weights take 7 of the 8 bits, so
+    that sums do not overflow on CPUs without VNNI, which the files may come to from any machine. What stages pass on, and the
     decision who leaves, stay in float32. Temperatures and levels are those of the source.
 
     Args:
