@@ -131,10 +131,11 @@ def exit_costs(
         model: The network.
         input_size: Channels, height and width of an image; what the model was built for when None.
 
-    >>> import timm, timm_selfdistill
-    >>> costs = exit_costs(timm.create_model('test_resnet_sd', exits=(2, 3)))
-    >>> list(costs), costs['exit2'].share
-    (['exit0', 'exit1', 'exit2', 'ensemble'], 1.0)
+    Examples:
+        >>> import timm, timm_selfdistill
+        >>> costs = exit_costs(timm.create_model('test_resnet_sd', exits=(2, 3)))
+        >>> list(costs), costs['exit2'].share
+        (['exit0', 'exit1', 'exit2', 'ensemble'], 1.0)
     """
     probe, x = meta_probe(model, input_size)
     full, _ = count_macs(probe, x)

@@ -22,8 +22,9 @@ _LONGEST = 400
 def counted(number: int, noun: str) -> str:
     """Return a number of things as a message says it.
 
-    >>> counted(1, 'image'), counted(1200, 'image')
-    ('1 image', '1,200 images')
+    Examples:
+        >>> counted(1, 'image'), counted(1200, 'image')
+        ('1 image', '1,200 images')
     """
     return f'{number:,} {noun}{"" if number == 1 else "s"}'
 
@@ -37,9 +38,10 @@ class UserError(Exception):
     Attributes:
         settings: The settings that the message names with a value, as text, by name.
 
-    >>> error = ConfigError('`batch_size=0`: expected a number of 1 or more.')
-    >>> error.settings
-    {'batch_size': '0'}
+    Examples:
+        >>> error = ConfigError('`batch_size=0`: expected a number of 1 or more.')
+        >>> error.settings
+        {'batch_size': '0'}
     """
 
     @property

@@ -47,9 +47,10 @@ def distillation_loss(
     Returns:
         Mean over the images, a scalar.
 
-    >>> z = torch.tensor([[2., 0.], [0., 1.]])
-    >>> distillation_loss(z, z).item()
-    0.0
+    Examples:
+        >>> z = torch.tensor([[2., 0.], [0., 1.]])
+        >>> distillation_loss(z, z).item()
+        0.0
     """
     student = F.log_softmax(_precise(student_logits) / temperature, dim=-1)
     teacher = F.log_softmax(_precise(teacher_logits.detach()) / temperature, dim=-1)
@@ -82,8 +83,9 @@ def hint_loss(
     Raises:
         ValueError: The form is unknown.
 
-    >>> hint_loss(torch.zeros(2, 4), torch.ones(2, 4), 'sum').item()
-    4.0
+    Examples:
+        >>> hint_loss(torch.zeros(2, 4), torch.ones(2, 4), 'sum').item()
+        4.0
     """
     if form not in HINT_FORMS:
         raise ValueError(f'form={form!r}: unknown, expected one of {", ".join(HINT_FORMS)}.')
@@ -111,8 +113,9 @@ def top_score_difference(logits: torch.Tensor, k: int = 5) -> torch.Tensor:
     Raises:
         ValueError: K is less than 2 or more than the classes.
 
-    >>> top_score_difference(torch.tensor([[0.6, 0.2, 0.2]]).log(), 3)
-    tensor([0.4000])
+    Examples:
+        >>> top_score_difference(torch.tensor([[0.6, 0.2, 0.2]]).log(), 3)
+        tensor([0.4000])
     """
     if not 2 <= k <= logits.shape[-1]:
         raise ValueError(f'k={k}: expected a number from 2 to {logits.shape[-1]}, the number of classes.')
@@ -123,8 +126,9 @@ def top_score_difference(logits: torch.Tensor, k: int = 5) -> torch.Tensor:
 def uniform_divergence(logits: torch.Tensor) -> torch.Tensor:
     """KL(uniform ‖ softmax(z)) of every image, (N,): what label smoothing adds to the cross entropy.
 
-    >>> uniform_divergence(torch.zeros(1, 4)).abs() < 1e-6
-    tensor([True])
+    Examples:
+        >>> uniform_divergence(torch.zeros(1, 4)).abs() < 1e-6
+        tensor([True])
     """
     return -_precise(logits).log_softmax(-1).mean(-1) - math.log(logits.shape[-1])
 
@@ -159,8 +163,9 @@ def eta_for_top_score(kind: str, top_score: float, num_classes: int, k: int = 5)
     Raises:
         ValueError: The score cannot be the largest, or the kind is unknown.
 
-    >>> round(eta_for_top_score('tsd', 0.8, num_classes=100), 3)
-    0.5
+    Examples:
+        >>> round(eta_for_top_score('tsd', 0.8, num_classes=100), 3)
+        0.5
     """
     if kind not in TOLERANCES:
         raise ValueError(f'{kind!r}: unknown, expected one of {", ".join(TOLERANCES)}.')
@@ -239,9 +244,10 @@ def exit_teachers(logits: Sequence[torch.Tensor], kind: str = 'deepest') -> List
     Raises:
         ValueError: The kind is unknown.
 
-    >>> shallow, middle, deep = torch.zeros(3, 2, 5)
-    >>> [len(teachers) for teachers in exit_teachers([shallow, middle, deep], 'all')]
-    [2, 1]
+    Examples:
+        >>> shallow, middle, deep = torch.zeros(3, 2, 5)
+        >>> [len(teachers) for teachers in exit_teachers([shallow, middle, deep], 'all')]
+        [2, 1]
     """
     if kind not in EXIT_TEACHERS:
         raise ValueError(f'{kind!r}: unknown, expected one of {", ".join(EXIT_TEACHERS)}.')
@@ -268,8 +274,9 @@ def weigh_exits(kind: str, shares: Sequence[float], progress: float = 1.0) -> Li
     Raises:
         ValueError: The kind is unknown.
 
-    >>> weigh_exits('cost', [0.25, 0.75])
-    [0.5, 1.5]
+    Examples:
+        >>> weigh_exits('cost', [0.25, 0.75])
+        [0.5, 1.5]
     """
     if kind not in EXIT_WEIGHTS:
         raise ValueError(f'{kind!r}: unknown, expected one of {", ".join(EXIT_WEIGHTS)}.')
@@ -329,10 +336,11 @@ def self_distillation_loss(
     Raises:
         ValueError: There are no labels, and `alpha` is not 1.
 
-    >>> logits = [torch.randn(4, 10) for _ in range(3)]
-    >>> loss, terms = self_distillation_loss(logits, torch.tensor([0, 1, 2, 3]), hint_weight=0.)
-    >>> sorted(terms)
-    ['ce0', 'ce1', 'ce2', 'kl0', 'kl1']
+    Examples:
+        >>> logits = [torch.randn(4, 10) for _ in range(3)]
+        >>> loss, terms = self_distillation_loss(logits, torch.tensor([0, 1, 2, 3]), hint_weight=0.)
+        >>> sorted(terms)
+        ['ce0', 'ce1', 'ce2', 'kl0', 'kl1']
     """
     terms: Dict[str, torch.Tensor] = {}
     logits = [_precise(z) for z in logits]

@@ -38,8 +38,9 @@ def ensemble_logits(
     Raises:
         ValueError: `by` is unknown, or the weights are not one an exit, or given together with probabilities.
 
-    >>> ensemble_logits([torch.tensor([[1., 0.]]), torch.tensor([[3., 2.]])])
-    tensor([[2., 1.]])
+    Examples:
+        >>> ensemble_logits([torch.tensor([[1., 0.]]), torch.tensor([[3., 2.]])])
+        tensor([[2., 1.]])
     """
     stacked = torch.stack(tuple(logits))
     if by not in ('logits', 'probabilities'):
@@ -101,8 +102,9 @@ def area_under_risk_coverage(confidence: torch.Tensor, correct: torch.Tensor) ->
     Returns:
         The area, 0 to 1; the lower the better.
 
-    >>> area_under_risk_coverage(torch.tensor([0.9, 0.8]), torch.tensor([True, False]))
-    0.25
+    Examples:
+        >>> area_under_risk_coverage(torch.tensor([0.9, 0.8]), torch.tensor([True, False]))
+        0.25
     """
     values, groups = confidence.unique(return_inverse=True)
     sizes = torch.bincount(groups, minlength=len(values)).double()

@@ -34,8 +34,9 @@ def place_name(place: str, hub_id: bool = False) -> str:
         place: A file or folder as any system writes it, absolute or relative, with `local-dir:` before it or not.
         hub_id: Whether `org/name` is an id on the Hub, unless there is such a folder here.
 
-    >>> place_name('/home/me/photos/pets'), place_name('hf-hub:org/resnet50_sd')
-    ('pets', 'hf-hub:org/resnet50_sd')
+    Examples:
+        >>> place_name('/home/me/photos/pets'), place_name('hf-hub:org/resnet50_sd')
+        ('pets', 'hf-hub:org/resnet50_sd')
     """
     if _URL.fullmatch(place):  # what follows the address may be a signature
         return re.sub(r'//[^/@]*@', '//', re.split('[?#]', place)[0])

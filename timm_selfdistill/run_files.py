@@ -37,12 +37,13 @@ def replaced(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The place cannot be written to; the old file stays.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp(), 'figures.txt')
-    >>> with replaced(path) as beside:
-    ...     _ = beside.write_text('1.5')
-    >>> path.read_text(), len(list(path.parent.iterdir()))
-    ('1.5', 1)
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), 'figures.txt')
+        >>> with replaced(path) as beside:
+        ...     _ = beside.write_text('1.5')
+        >>> path.read_text(), len(list(path.parent.iterdir()))
+        ('1.5', 1)
     """
     beside = path.with_name(f'.{path.name}.{os.getpid()}')
     try:

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Train the rows of the tables on one GPU: `python recipes/paper/run_rows.py --data-dir DATA --hours 8`.
 
-A row is a network, a protocol of `recipes/cifar100` or `recipes/finetune` (see `rows.py`), and a seed. Rows run one after the other; those
-that are complete are left alone. When the time is up the one at work writes a checkpoint, and the same command resumes
-it, on another machine too if `--output` and `--results` are copied there. `python recipes/paper/table.py` prints what
-there is so far. What follows a `--` goes to `recipes/train.py` in every row: `-- --compile`. With several GPUs, start
-one driver for each, with rows or seeds of its own: `CUDA_VISIBLE_DEVICES=1 python recipes/paper/run_rows.py --seeds 1`.
+A row is a network, a protocol of `recipes/cifar100` or `recipes/finetune` (see `rows.py`), and a seed. Rows run one
+after the other; those that are complete are left alone. When the time is up the one at work writes a checkpoint, and
+the same command resumes it, on another machine too if `--output` and `--results` are copied there. `python
+recipes/paper/table.py` prints what there is so far. What follows a `--` goes to `recipes/train.py` in every row: `--
+--compile`. With several GPUs, start one driver for each, with rows or seeds of its own: `CUDA_VISIBLE_DEVICES=1 python
+recipes/paper/run_rows.py --seeds 1`.
 """
 import dataclasses
 import os
@@ -36,7 +37,8 @@ class RowsConfig:
     """Train rows of the tables one after the other, until all are complete or the time is up."""
 
     data_dir: Optional[str] = None
-    """Folder of CIFAR-100, or of photos for the rows lite0_*; when None, say where the data are behind the --, as in -- --dataset uoft-cs/cifar100."""
+    """Folder of CIFAR-100, or of photos for the rows lite0_*; when None, say where the data are behind the --, as in
+    -- --dataset uoft-cs/cifar100."""
     rows: Tuple[str, ...] = ()
     """Rows to train, in this order: names such as resnet18_byot, patterns of them such as 'resnet18_*', or YAML
     files. When none are given all of the CIFAR-100 table, ResNet-18 first. What a row starts from is trained before."""
@@ -114,8 +116,8 @@ def plan(config: RowsConfig, options: List[str]) -> List[Job]:
                 name = f'{row.name}-seed{seed}'
                 start = Path(config.output) / f'{row.start}-seed{seed}' if row.start else None
                 arguments = [
-                    *row.arguments, *_weights(row, start, config), '--recipe', row.name, '--output', config.output, '--results', config.results,
-                    '--resume', 'auto', '--checkpoint-every', '10m', '--experiment', name,
+                    *row.arguments, *_weights(row, start, config), '--recipe', row.name,
+                    '--output', config.output, '--results', config.results, '--resume', 'auto', '--checkpoint-every', '10m', '--experiment', name,
                     *(('--data-dir', config.data_dir) if config.data_dir else ()), *options, '--seed', str(seed),
                 ]
                 parsed[row] = parsed.get(row) or parse_train_config(arguments)

@@ -76,8 +76,8 @@ def test_the_driver_takes_every_row_once():
 def test_fine_tuned_networks_differ_in_how_their_exits_come():
     rows = {name: parse_train_config(ROWS[f'lite0_{name}'].arguments) for name in (
         'plain', 'byot', 'disjoint_inverted', 'disjoint_separable', 'mixed')}
-    differing = {
-        name: {k for k, v in config.settings().items() if v != rows['plain'].settings()[k]} for name, config in rows.items()}
+    plain = rows['plain'].settings()
+    differing = {name: {k for k, v in row.settings().items() if v != plain[k]} for name, row in rows.items()}
     assert differing['byot'] == {'method', 'exit_head'}
     for name in ('disjoint_inverted', 'disjoint_separable'):
         assert differing[name] == {'method', 'exit_head', 'regime', 'lr', 'backbone_pretrained'}

@@ -102,8 +102,7 @@ def test_the_plain_network_cut_out_of_saved_weights_is_one_like_any_other(name, 
     plain = timm.create_model(whole, pretrained=True, truncate=deepest).eval()
     assert torch.equal(plain(x), model(x))
     own = timm.get_pretrained_cfg(name)
-    assert {k: plain.pretrained_cfg[k] for k in ('classifier', 'first_conv')} == {
-        'classifier': own.classifier, 'first_conv': own.first_conv}
+    assert all(plain.pretrained_cfg[k] == getattr(own, k) for k in ('classifier', 'first_conv'))
     save_model(plain, tmp_path / 'end')
     assert torch.equal(timm.create_model(end, pretrained=True).eval()(x), model(x))
     for source, kwargs in ((whole, dict(truncate=deepest)), (end, {})):

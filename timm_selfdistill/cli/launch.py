@@ -91,8 +91,9 @@ def run_command(main: Callable[[], None]) -> None:
 def as_options(text: str) -> str:
     """Return a message with its settings written as options of the command line.
 
-    >>> as_options('`batch_size=0`: expected 1 or more; `streaming` needs more.')
-    '--batch-size 0: expected 1 or more; --streaming needs more.'
+    Examples:
+        >>> as_options('`batch_size=0`: expected 1 or more; `streaming` needs more.')
+        '--batch-size 0: expected 1 or more; --streaming needs more.'
     """
     def option(setting: 're.Match[str]') -> str:
         name, value = setting.groups()

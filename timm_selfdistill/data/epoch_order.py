@@ -32,10 +32,11 @@ class EpochBatches(Sampler):
     Raises:
         DataError: The data set is smaller than one batch, or a batch cannot be shared evenly.
 
-    >>> one, other = (EpochBatches(8, 4, seed=0, shard=Shard(rank, 2)) for rank in (0, 1))
-    >>> rows = [row for batches in (one, other) for batch in batches for _, row in batch]
-    >>> sorted(rows)
-    [0, 1, 2, 3, 4, 5, 6, 7]
+    Examples:
+        >>> one, other = (EpochBatches(8, 4, seed=0, shard=Shard(rank, 2)) for rank in (0, 1))
+        >>> rows = [row for batches in (one, other) for batch in batches for _, row in batch]
+        >>> sorted(rows)
+        [0, 1, 2, 3, 4, 5, 6, 7]
     """
 
     def __init__(

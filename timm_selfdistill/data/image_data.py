@@ -262,9 +262,10 @@ def load_image_data(source: DataSource = DataSource(), known: bool = False) -> I
             missing or empty, a class without one superclass.
         UnreadableImageError: The first image cannot be decoded.
 
-    >>> data = load_image_data(DataSource('digits'))
-    >>> {name: len(split) for name, split in data.splits().items()}
-    {'train': 1250, 'validation': 183, 'test': 364}
+    Examples:
+        >>> data = load_image_data(DataSource('digits'))
+        >>> {name: len(split) for name, split in data.splits().items()}
+        {'train': 1250, 'validation': 183, 'test': 364}
     """
     name, files = source.name, find_files(source.dataset, source.data_dir)
     class_names, num_classes = source.class_names, source.num_classes

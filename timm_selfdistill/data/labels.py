@@ -22,8 +22,9 @@ Key = Union[str, int, None]
 def shortened(names: Sequence[Any], most: int = 10) -> str:
     """List names for a message, the first ones where there are many.
 
-    >>> shortened(['ant', 'bee', 'cat'], most=2)
-    'ant, bee, ... (3)'
+    Examples:
+        >>> shortened(['ant', 'bee', 'cat'], most=2)
+        'ant, bee, ... (3)'
     """
     text = ', '.join(map(str, names[:most]))
     return text if len(names) <= most else f'{text}, ... ({len(names)})'

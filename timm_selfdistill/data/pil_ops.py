@@ -94,8 +94,9 @@ OPERATIONS = {*_AFFINE, *TABLES, *BLENDS, *WHOLE}
 def as_step(name: str, value: float, size: Tuple[int, int]) -> Step:
     """Return what is carried out here for one of timm's operations.
 
-    >>> as_step('translate_x_abs', 2, (32, 32))
-    ('affine', (1, 0, 2, 0, 1, 0))
+    Examples:
+        >>> as_step('translate_x_abs', 2, (32, 32))
+        ('affine', (1, 0, 2, 0, 1, 0))
     """
     if name in _AFFINE:
         return 'affine', _AFFINE[name](value, *size)

@@ -35,8 +35,9 @@ class DataSource:
     Raises:
         DataError: A number is out of range.
 
-    >>> DataSource(data_dir='photos/pets').name
-    'pets'
+    Examples:
+        >>> DataSource(data_dir='photos/pets').name
+        'pets'
     """
     dataset: Optional[str] = None
     data_dir: Optional[str] = None
@@ -80,8 +81,9 @@ class Shard:
         rank: Number of this process.
         world_size: Number of processes.
 
-    >>> list(Shard(1, 3).rows(8))
-    [1, 4, 7]
+    Examples:
+        >>> list(Shard(1, 3).rows(8))
+        [1, 4, 7]
     """
     rank: int = 0
     world_size: int = 1

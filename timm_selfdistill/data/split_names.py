@@ -18,8 +18,9 @@ _SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 def split_of(name: str) -> Optional[str]:
     """Return `train`, `validation` or `test` if the whole name means that split, else None.
 
-    >>> split_of('Training'), split_of('dev'), split_of('train_old')
-    ('train', 'validation', None)
+    Examples:
+        >>> split_of('Training'), split_of('dev'), split_of('train_old')
+        ('train', 'validation', None)
     """
     return _SPLIT_OF.get(name.casefold())
 
@@ -27,8 +28,9 @@ def split_of(name: str) -> Optional[str]:
 def splits_in(name: str) -> Set[str]:
     """Return the splits that words of a file's name mean.
 
-    >>> splits_in('Test-00000-of-00001.parquet'), splits_in('latest.parquet')
-    ({'test'}, set())
+    Examples:
+        >>> splits_in('Test-00000-of-00001.parquet'), splits_in('latest.parquet')
+        ({'test'}, set())
     """
     return {split for split in map(split_of, re.split(r'[\W\d_]+', name)) if split is not None}
 

@@ -50,9 +50,10 @@ class Watch:
     Args:
         console: Where to show it.
 
-    >>> with Watch(Console(quiet=True)) as watch:
-    ...     watch.begin('train', total=2)
-    ...     watch.advance('train', images=64)
+    Examples:
+        >>> with Watch(Console(quiet=True)) as watch:
+        ...     watch.begin('train', total=2)
+        ...     watch.advance('train', images=64)
     """
 
     def __init__(self, console: Console):

@@ -42,11 +42,12 @@ def save_model(
         label_names: Names of the classes.
         weights: The model's state; its own when None.
 
-    >>> import tempfile, timm, timm_selfdistill
-    >>> folder = tempfile.mkdtemp()
-    >>> save_model(timm.create_model('test_resnet_sd', num_classes=5, exits=(2, 3)), folder)
-    >>> timm.create_model(f'local-dir:{folder}', pretrained=True).exits
-    (2, 3)
+    Examples:
+        >>> import tempfile, timm, timm_selfdistill
+        >>> folder = tempfile.mkdtemp()
+        >>> save_model(timm.create_model('test_resnet_sd', num_classes=5, exits=(2, 3)), folder)
+        >>> timm.create_model(f'local-dir:{folder}', pretrained=True).exits
+        (2, 3)
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -31,9 +31,10 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
         logits: Logits of one exit (N, num_classes), of images that it was not trained on.
         target: Labels (N,).
 
-    >>> logits = torch.tensor([[9., 0.], [9., 0.], [9., 0.]])  # too confident: one of three is wrong
-    >>> fit_temperature(logits, torch.tensor([0, 0, 1])) > 3
-    True
+    Examples:
+        >>> logits = torch.tensor([[9., 0.], [9., 0.], [9., 0.]])  # too confident: one of three is wrong
+        >>> fit_temperature(logits, torch.tensor([0, 0, 1])) > 3
+        True
     """
     logits = logits.detach().double()
     log_temperature = torch.zeros((), dtype=logits.dtype, device=logits.device, requires_grad=True)

@@ -44,8 +44,9 @@ def compare_leaving(now: Sequence[int], then: Sequence[int], significance: float
     Raises:
         ValueError: One of them has no images, or the significance does not lie between 0 and 1.
 
-    >>> compare_leaving([50, 50], [500, 500], 0.01).drifted, compare_leaving([90, 10], [500, 500], 0.01).drifted
-    (False, True)
+    Examples:
+        >>> compare_leaving([50, 50], [500, 500], 0.01).drifted, compare_leaving([90, 10], [500, 500], 0.01).drifted
+        (False, True)
     """
     from scipy.stats import chi2_contingency  # takes long to import
 

@@ -86,11 +86,12 @@ class EarlyExit:
         ValueError: A value does not fit the network, it has no exits, or it is to be compiled and cannot be cut into
             graphs.
 
-    >>> import timm, timm_selfdistill
-    >>> predictor = EarlyExit(timm.create_model('resnet20_cifar_sd', pretrained=True), thresholds=0.5)
-    >>> out = predictor(torch.randn(2, 3, 32, 32))
-    >>> out.logits.shape, out.exit_index.shape
-    (torch.Size([2, 100]), torch.Size([2]))
+    Examples:
+        >>> import timm, timm_selfdistill
+        >>> predictor = EarlyExit(timm.create_model('resnet20_cifar_sd', pretrained=True), thresholds=0.5)
+        >>> out = predictor(torch.randn(2, 3, 32, 32))
+        >>> out.logits.shape, out.exit_index.shape
+        (torch.Size([2, 100]), torch.Size([2]))
     """
 
     def __init__(

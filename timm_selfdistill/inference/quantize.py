@@ -64,8 +64,8 @@ def quantize_staged(source: Union[str, Path], folder: Union[str, Path], images: 
     """Quantize a network exported in stages to int8: weights by channel, activations by the range they have on images.
 
     Static quantization in the QDQ format (Jacob et al., CVPR 2018, arXiv 1712.05877). Weights take 7 of the 8 bits, so
-    that sums do not overflow on CPUs without VNNI, which the files may come to from any machine. What stages pass on, and the
-    decision who leaves, stay in float32. Temperatures and levels are those of the source.
+    that sums do not overflow on CPUs without VNNI, which the files may come to from any machine. What stages pass on,
+    and the decision who leaves, stay in float32. Temperatures and levels are those of the source.
 
     Args:
         source: What `export_network` wrote with `staged`, as ONNX.

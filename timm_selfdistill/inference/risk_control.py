@@ -65,8 +65,9 @@ def betting_p_value(worse: int, better: int, count: int, risk: float, stake: flo
         risk: Mean loss that is to be refuted, above 0 and below 1.
         stake: See `choose_stake`; at most all of the wealth is bet.
 
-    >>> betting_p_value(0, 0, 400, 0.01) < 0.05 < betting_p_value(4, 0, 400, 0.01)
-    True
+    Examples:
+        >>> betting_p_value(0, 0, 400, 0.01) < 0.05 < betting_p_value(4, 0, 400, 0.01)
+        True
     """
     stakes = np.minimum(np.array([0.6, 1.]) * min(stake, 1 / (1 - risk)), 1 / (1 - risk))
     with np.errstate(divide='ignore'):  # the logarithm of nothing left
@@ -81,8 +82,9 @@ def hoeffding_bentkus_p_value(worse: int, better: int, count: int, risk: float, 
     Takes what `betting_p_value` takes. Losses have to be 0 or 1 here, so images that early exit alone gets right count
     for nothing; nothing is bet.
 
-    >>> hoeffding_bentkus_p_value(0, 0, 300, 0.01) < 0.05 < hoeffding_bentkus_p_value(0, 0, 200, 0.01)
-    True
+    Examples:
+        >>> hoeffding_bentkus_p_value(0, 0, 300, 0.01) < 0.05 < hoeffding_bentkus_p_value(0, 0, 200, 0.01)
+        True
     """
     from scipy.stats import binom  # takes long to import
 
@@ -126,8 +128,9 @@ def check_promise(risk: Optional[float], confidence: float, risk_of: str, bound:
 def images_needed(risk: float, confidence: float, bound: str) -> int:
     """Return how many held-out images a promise takes at least, if early exit never errs on them.
 
-    >>> images_needed(0.01, 0.95, 'hoeffding-bentkus')
-    399
+    Examples:
+        >>> images_needed(0.01, 0.95, 'hoeffding-bentkus')
+        399
     """
     low, high = 0, 1
     while BOUNDS[bound](0, 0, high, risk) > 1 - confidence:

@@ -41,8 +41,9 @@ def confidence_score(logits: torch.Tensor, criterion: str = 'confidence') -> tor
     Raises:
         ValueError: The criterion is unknown, or is no function of one exit's logits.
 
-    >>> confidence_score(torch.tensor([[0., 0.]]), 'confidence')
-    tensor([0.5000])
+    Examples:
+        >>> confidence_score(torch.tensor([[0., 0.]]), 'confidence')
+        tensor([0.5000])
     """
     if criterion == 'confidence':
         return logits.softmax(-1).amax(-1)
@@ -261,10 +262,11 @@ def follow_rule(rule: ExitRule, logits: Sequence[torch.Tensor]) -> Tuple[torch.T
         The logits that each image leaves with (N, num_classes), see `ExitRule.judge`, and the number of the exit it
         leaves at (N,).
 
-    >>> rule = ExitRule(num_exits=2, num_classes=2, thresholds=0.9)
-    >>> shallow, deep = torch.tensor([[9., 0.], [0., 0.]]), torch.tensor([[9., 0.], [0., 9.]])
-    >>> follow_rule(rule, [shallow, deep])[1]
-    tensor([0, 1])
+    Examples:
+        >>> rule = ExitRule(num_exits=2, num_classes=2, thresholds=0.9)
+        >>> shallow, deep = torch.tensor([[9., 0.], [0., 0.]]), torch.tensor([[9., 0.], [0., 9.]])
+        >>> follow_rule(rule, [shallow, deep])[1]
+        tensor([0, 1])
     """
     left_with = torch.empty(())
     exit_index = torch.full(logits[0].shape[:1], -1, dtype=torch.long, device=logits[0].device)

@@ -124,11 +124,12 @@ class MultiExit(BackboneWrapper):
         them without a graph and keeps none of their activations. This is the disjoint regime of "How to Train Your
         Multi-Exit Model?" (arXiv 2407.14320).
 
-        >>> import timm
-        >>> model = add_exits(timm.create_model('test_resnet'), exits=(2, 3))
-        >>> model.freeze_backbone()
-        >>> model.train().backbone.training, model.exit_heads.training
-        (False, True)
+        Examples:
+            >>> import timm
+            >>> model = add_exits(timm.create_model('test_resnet'), exits=(2, 3))
+            >>> model.freeze_backbone()
+            >>> model.train().backbone.training, model.exit_heads.training
+            (False, True)
         """
         self.backbone_frozen = True
         for module in self._deepest_exit():
@@ -332,9 +333,10 @@ def add_exits(
 ) -> MultiExit:
     """Add auxiliary exits to any timm model; its weights stay as they are. See `MultiExit`.
 
-    >>> import timm
-    >>> add_exits(timm.create_model('test_resnet'), exits=(2, 3)).num_exits
-    3
+    Examples:
+        >>> import timm
+        >>> add_exits(timm.create_model('test_resnet'), exits=(2, 3)).num_exits
+        3
     """
     return MultiExit(model, exits=exits, exit_head=exit_head, num_classes=num_classes)
 

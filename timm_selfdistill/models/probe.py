@@ -213,9 +213,10 @@ class MacCounter(TorchDispatchMode):
 def count_macs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Tuple[int, Any]:
     """Call `fn`; return the MACs of the convolutions and matrix products it executed, and its result.
 
-    >>> layer = nn.Linear(4, 3)
-    >>> count_macs(layer, torch.randn(2, 4))[0]
-    24
+    Examples:
+        >>> layer = nn.Linear(4, 3)
+        >>> count_macs(layer, torch.randn(2, 4))[0]
+        24
     """
     with torch.no_grad(), ShortLSTMs(), MacCounter() as counter:
         result = fn(*args, **kwargs)

@@ -65,9 +65,10 @@ def find_stages(model: nn.Module) -> Tuple[Stage, ...]:
         ValueError: The model has no `forward_intermediates` or no `feature_info`, or it does not run on the
             size of images it was built for.
 
-    >>> import timm
-    >>> [stage.module for stage in find_stages(timm.create_model('test_resnet'))]
-    ['act1', 'layer1', 'layer2', 'layer3', 'layer4']
+    Examples:
+        >>> import timm
+        >>> [stage.module for stage in find_stages(timm.create_model('test_resnet'))]
+        ['act1', 'layer1', 'layer2', 'layer3', 'layer4']
     """
     if not hasattr(model, 'forward_intermediates') or not getattr(model, 'feature_info', None):
         raise ValueError(

@@ -15,8 +15,9 @@ class Linear:
         start: Its value at the beginning.
         end: Its value at the end.
 
-    >>> Linear(1.0, 3.0).at(0.25)
-    1.5
+    Examples:
+        >>> Linear(1.0, 3.0).at(0.25)
+        1.5
     """
     start: float
     end: float
@@ -53,8 +54,9 @@ class DistillationConfig:
     Raises:
         ValueError: A value is out of range.
 
-    >>> DistillationConfig(alpha=Linear(0.1, 0.9)).at(0.5).alpha
-    0.5
+    Examples:
+        >>> DistillationConfig(alpha=Linear(0.1, 0.9)).at(0.5).alpha
+        0.5
     """
     alpha: Union[float, Linear] = 0.5
     temperature: Union[float, Linear] = 3.0

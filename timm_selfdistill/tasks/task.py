@@ -48,10 +48,11 @@ class SelfDistillationTask(TrainingTask):
     Raises:
         ValueError: A setting does not fit the model, or the teacher has other classes than the model.
 
-    >>> import timm, timm_selfdistill
-    >>> task = SelfDistillationTask(timm.create_model('test_resnet_sd', num_classes=5, exits=(2, 3)), verbose=False)
-    >>> result = task.train()(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
-    >>> result['loss'].backward()
+    Examples:
+        >>> import timm, timm_selfdistill
+        >>> task = SelfDistillationTask(timm.create_model('test_resnet_sd', num_classes=5, exits=(2, 3)), verbose=False)
+        >>> result = task.train()(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
+        >>> result['loss'].backward()
     """
 
     def __init__(

@@ -158,8 +158,9 @@ def whole_weights(module: nn.Module, accelerator: Accelerator) -> Dict[str, torc
 def fingerprint(weights: Dict[str, torch.Tensor]) -> str:
     """Return a checksum of tensors and their names: equal ones are equal bit for bit.
 
-    >>> fingerprint({'a': torch.zeros(2)}) == fingerprint({'a': torch.tensor([0., -0.])})
-    False
+    Examples:
+        >>> fingerprint({'a': torch.zeros(2)}) == fingerprint({'a': torch.tensor([0., -0.])})
+        False
     """
     sha = hashlib.sha256()
     for name in sorted(weights):
