@@ -117,7 +117,8 @@ def plan(config: RowsConfig, options: List[str]) -> List[Job]:
                 start = Path(config.output) / f'{row.start}-seed{seed}' if row.start else None
                 arguments = [
                     *row.arguments, *_weights(row, start, config), '--recipe', row.name,
-                    '--output', config.output, '--results', config.results, '--resume', 'auto', '--checkpoint-every', '10m', '--experiment', name,
+                    '--output', config.output, '--results', config.results,
+                    '--resume', 'auto', '--checkpoint-every', '10m', '--experiment', name,
                     *(('--data-dir', config.data_dir) if config.data_dir else ()), *options, '--seed', str(seed),
                 ]
                 parsed[row] = parsed.get(row) or parse_train_config(arguments)
