@@ -205,6 +205,7 @@ def test_weights_may_change_afterwards(images):
 
 
 def test_a_network_is_cut_into_graphs_where_hooks_do_not_do(model, images, exits, monkeypatch):
+    monkeypatch.setattr(compaction, '_found', {})  # of earlier tests
     monkeypatch.setattr(compaction, 'find_cuts', lambda *args: None)
     small = images[..., :64, :64]
     monkeypatch.setitem(model.pretrained_cfg, 'input_size', (3, 64, 64))
@@ -245,7 +246,7 @@ def test_a_network_that_mixes_images_runs_whole_batches(images):
 def test_why_whole_batches_run_is_told(model, monkeypatch, caplog):
     def refuse(*args):
         raise SplitError('test_resnet_sd cannot be exported: it is too fond of this process')
-    monkeypatch.setattr(compaction, '_found', {})
+    monkeypatch.setattr(compaction, '_found', {})  # of earlier tests
     monkeypatch.setattr(compaction, 'find_cuts', lambda *args: None)
     monkeypatch.setattr('timm_selfdistill.inference.graphs.split_network', refuse)
     assert 'too fond of this process' in repr(EarlyExit(model))

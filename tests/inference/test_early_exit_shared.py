@@ -109,6 +109,7 @@ def test_a_thread_that_trains_and_evaluates_meanwhile_disturbs_nobody(name):
 
 @pytest.mark.slow
 def test_graphs_are_shared_by_threads_as_well(monkeypatch):
+    monkeypatch.setattr(compaction, '_found', {})  # of earlier tests
     monkeypatch.setattr(compaction, 'find_cuts', lambda *args: None)
     model, images = create('test_resnet_sd', pretrained_cfg_overlay=dict(input_size=(3, 64, 64)))
     model.train()

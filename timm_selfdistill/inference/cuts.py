@@ -8,7 +8,7 @@ That the map passes there does not mean that nothing else does. Relative positio
 belong to the whole batch. So each candidate is tried: images are dropped at every exit, and those that stay must get
 the logits that they get in a whole batch. The first choice of modules that passes is taken.
 """
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -19,13 +19,14 @@ from timm.models import get_model_input_config
 from ..models.multi_exit import MultiExit
 from ..models.probe import count_macs, meta_copy, take_taps
 
-__all__ = ['AtExit', 'Cut', 'Grid', 'agrees', 'find_candidates', 'randomise', 'small_size', 'spread']
+__all__ = ['AtExit', 'Cut', 'Grid', 'agrees', 'draw_weights', 'find_candidates', 'randomise', 'small_size', 'spread']
 
 # Called with the number of an exit and the logits of the images that came there. Returns the rows of those that go on,
 # None for all of them; nothing at the deepest exit.
 AtExit = Callable[[int, torch.Tensor], Optional[torch.Tensor]]
 
 _DRAWN = 2 ** 22 - 3  # a prime: rows of weights do not repeat
+_APART, _STEP = 2 ** 16, 7919  # where weights begin that share their numbers
 _SIDES = (96, 112, 128, 192)  # multiples of patches of 16, 14, 32
 
 Grid = Tuple[int, int]  # height and width of a map
@@ -70,34 +71,45 @@ def _items(output: Any) -> List[Tuple[Optional[int], torch.Tensor]]:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, generator: Optional[torch.Generator] = None) -> None:
-    """Set weights with which every layer changes what passes it; many a fresh one begins as an identity.
+def draw_weights(model: nn.Module, generator: Optional[torch.Generator] = None) -> Dict[int, nn.Parameter]:
+    """Draw weights with which every layer changes what passes it; many a fresh one begins as an identity.
+
+    They are for a copy that is run and nothing else. Those of one scale are windows into the same numbers, each
+    beginning elsewhere, as filling memory would take longer than all else.
 
     Args:
         model: The network.
         generator: Draws them; torch's own when None.
+
+    Returns:
+        A parameter for each of the network's, by the id of that one.
     """
-    parameters = list(model.parameters())
-    # large weights repeat what was drawn, from another place on each time, as drawing takes longer than using them
-    count = min(_DRAWN, max((p.numel() for p in parameters), default=0))
-    like = parameters[0] if parameters else torch.empty(())
-    drawn = torch.randn(count, generator=generator, device=like.device, dtype=like.dtype)
-    start = 0
-    for parameter in parameters:
-        if parameter.ndim > 1:
-            std = (2 / max(1, parameter[0].numel())) ** 0.5
-            own = parameter.is_contiguous()
-            flat = parameter.view(-1) if own else parameter.new_empty(parameter.numel())
-            done = 0
-            while done < len(flat):  # in one pass, as most of the time goes into memory
-                values = drawn[start:start + len(flat) - done]
-                torch.mul(values, std, out=flat[done:done + len(values)])
-                done += len(values)
-                start = (start + len(values)) % count
-            if not own:
-                parameter.copy_(flat.view(parameter.shape))
+    drawn: Dict[int, nn.Parameter] = {}
+    scales: Dict[float, List[nn.Parameter]] = defaultdict(list)
+    for p in model.parameters():
+        if p.ndim > 1:
+            scales[(2 / max(1, p[0].numel())) ** 0.5].append(p)
         else:
-            parameter.add_(torch.empty_like(parameter).normal_(generator=generator), alpha=0.02)
+            noise = torch.empty_like(p).normal_(generator=generator)
+            drawn[id(p)] = nn.Parameter(p + 0.02 * noise, requires_grad=False)
+    most = {std: max(p.numel() for p in of_scale) + _APART for std, of_scale in scales.items()}
+    like = next(model.parameters(), torch.empty(()))
+    numbers = torch.randn(
+        min(_DRAWN, max(most.values(), default=0)), generator=generator, device=like.device, dtype=like.dtype)
+    for std, of_scale in scales.items():
+        scaled = numbers.repeat(-(-most[std] // len(numbers)))[:most[std]] * std
+        for i, p in enumerate(of_scale):
+            window = scaled[_STEP * i % _APART:][:p.numel()].view(p.shape)
+            drawn[id(p)] = nn.Parameter(window, requires_grad=False)
+    return drawn
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, generator: Optional[torch.Generator] = None) -> None:
+    """Set weights such as `draw_weights` gives."""
+    drawn = draw_weights(model, generator)
+    for parameter in list(model.parameters()):
+        parameter.copy_(drawn[id(parameter)])
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ from ..errors import SplitError
 from ..models.multi_exit import MultiExit
 from ..models.names import model_name, times
 from ..models.probe import copy_model, find_caches, forget_caches, meta_copy, take_taps
-from .cuts import AtExit, Cut, Grid, agrees, find_candidates, randomise, small_size, spread
+from .cuts import AtExit, Cut, Grid, agrees, draw_weights, find_candidates, small_size, spread
 
 __all__ = ['CompiledRunner', 'CutRunner', 'GraphRunner', 'Runner', 'WholeRunner', 'choose_runner', 'find_cuts']
 
@@ -338,12 +338,10 @@ def _find(model: MultiExit) -> Tuple[Optional[List[Cut]], List[Tuple[str, str]]]
     """Probe a copy with random weights; return where the network may be cut, and what its modules keep."""
     like = next(model.parameters())
     device = torch.device('cpu') if like.device.type == 'mps' else like.device
-    # what is overwritten need not be copied
-    drawn = {id(p): nn.Parameter(torch.empty_like(p), requires_grad=False) for p in model.parameters() if p.ndim > 1}
-    probe = copy_model(model, drawn).to(device, torch.float)
+    generator = torch.Generator(like.device).manual_seed(0)
+    probe = copy_model(model, draw_weights(model, generator)).to(device, torch.float)
     size = small_size(probe, resize=True)
     generator = torch.Generator(device).manual_seed(0)
-    randomise(probe, generator)
     images = torch.randn(max(3, model.num_exits), *size, generator=generator, device=device)
     expected = probe.forward_exits(images)
     return find_cuts(probe, images, expected), find_caches(probe)
