@@ -40,7 +40,8 @@ def driver(monkeypatch, tmp_path):
     def run(*words, rows=('one', 'two')):
         module.trained.clear()
         command = [
-            'run_rows.py', '--rows', *(str(tmp_path / f'{row}.yaml') for row in rows), '--seeds', '0', '1',
+            'run_rows.py', '--rows', *(str(f) if (f := tmp_path / f'{row}.yaml').is_file() else row for row in rows),
+            '--seeds', '0', '1',
             '--output', str(tmp_path / 'out'), '--results', str(tmp_path / 'rows.jsonl'), *words]
         monkeypatch.setattr(sys, 'argv', command)
         with pytest.raises(SystemExit) as e:
@@ -119,30 +120,20 @@ def test_a_row_that_there_is_not_is_named(driver):
 def test_a_row_starts_from_the_run_of_its_seed(driver, tmp_path, capsys):
     names = ['lite0_plain', 'lite0_disjoint_inverted', 'lite0_mixed']
     assert [row.name for row in driver.find_rows(('lite0_mixed',))[0]] == names
-    weights = tmp_path / 'lite0.safetensors'
-
-    def run(*words):
-        driver.trained.clear()
-        sys.argv = [
-            'run_rows.py', '--rows', 'lite0_mixed', '--seeds', '0', '1', '--output', str(tmp_path / 'out'),
-            '--results', str(tmp_path / 'rows.jsonl'), '--initial-checkpoint', str(weights), *words]
-        with pytest.raises(SystemExit) as e:
-            driver.run_command(driver.main)
-        return e.value.code
-
     config = driver.RowsConfig(rows=('lite0_mixed',), seeds=(0, 1), output='out', initial_checkpoint='w.safetensors')
-    for seed, jobs in enumerate((lambda jobs: (jobs[:3], jobs[3:]))(driver.plan(config, []))):
+    planned = driver.plan(config, [])
+    for seed, jobs in enumerate((planned[:3], planned[3:])):
         plain, disjoint, mixed = (job.config for job in jobs)
         assert (plain.model, plain.initial_checkpoint) == ('tf_efficientnet_lite0', 'w.safetensors')
         assert (disjoint.model, disjoint.initial_checkpoint) == (f'out/lite0_plain-seed{seed}', None)
         assert mixed.model == f'out/lite0_disjoint_inverted-seed{seed}' and {c.seed for c in (plain, mixed)} == {seed}
         assert f'--model out/lite0_plain-seed{seed}' in ' '.join(jobs[1].arguments)
     driver.broken = ('lite0_plain-seed0',)
-    assert run() == 1
+    assert driver.run(rows=('lite0_mixed',)) == 1
     assert driver.trained == ['lite0_plain-seed0', *(f'{name}-seed1' for name in names)]
     assert 'lite0_mixed-seed0: does not begin, lite0_disjoint_inverted-seed0 has not' in capsys.readouterr().out
     driver.broken = ()
-    assert run() == 0
+    assert driver.run(rows=('lite0_mixed',)) == 0
     assert driver.trained == [f'{name}-seed0' for name in names]
 
 
